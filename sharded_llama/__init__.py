@@ -1,0 +1,14 @@
+"""sharded_llama: a JAX inference engine for Llama-family models on a `(data, model)` device mesh.
+
+Arrays carry their shape in their name, one capital per axis, as in `x_BLD`, `q_BLHK`, `k_BSGK`:
+
+    B  batch (sequences)          H  query heads
+    L  tokens of this step        G  key/value heads
+    S  cached positions           R  query heads per kv head, H/G
+    D  model width                K  head width
+    F  feed-forward width         V  vocabulary
+
+Inside `shard_map` the letters mean the part that one device holds.
+"""
+
+__version__ = "0.1.0"

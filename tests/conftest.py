@@ -1,0 +1,23 @@
+"""Tests run on 8 simulated CPU devices, unless a GPU is asked for with `-m gpu`."""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the platform before any test module touches JAX."""
+    if config.option.markexpr in ("gpu", "gpu2"):
+        return
+    from sharded_llama.mesh import simulate_cpu_devices
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    simulate_cpu_devices(8)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `-m`, tests that need other hardware or another install are left out rather than skipped."""
+    if config.option.markexpr:
+        return
+    special = {"gpu", "gpu2", "tpu_compiler"}
+    items[:] = [item for item in items if not special & {m.name for m in item.iter_markers()}]
