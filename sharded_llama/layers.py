@@ -1,0 +1,92 @@
+"""The pieces of a transformer layer as pure functions of one device's part. No function here communicates.
+
+Each takes any leading axes, written `..`: only attention knows sequences.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .config import LlamaConfig, RopeScaling
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Type of norms, rotary, scores and softmax: float32, or float64 when the model is float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot(subscripts: str, x: jax.Array, y: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`einsum` of two arrays with the contract's precision.
+
+    JAX's default float32 product is TF32 on GPUs and bfloat16 on TPUs, so full-precision types ask for
+    HIGHEST. Half-precision products accumulate in float32 and are rounded to `out_dtype` (default: x's) at the end.
+    """
+    precision = jax.lax.Precision.HIGHEST if jnp.finfo(x.dtype).bits >= 32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32 and cast back before the weight (Zhang and Sennrich, 2019)."""
+    y = x.astype(accumulator(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight_D
+
+
+def scale_frequencies(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1's frequency scaling of `inv_freq` (float32, radians per position), on the host.
+
+    Long wavelengths are stretched by `factor`, short ones kept, those between interpolated. Evaluated in
+    float32 in the order of transformers' `_compute_llama3_parameters`, so that the bits agree with it.
+    """
+    f32 = np.float32
+    wavelen = (f32(1) / inv_freq) * f32(2 * np.pi)
+    low_wavelen = scaling.original_max_seq_len / scaling.low_freq_factor
+    high_wavelen = scaling.original_max_seq_len / scaling.high_freq_factor
+    scaled = inv_freq / f32(scaling.factor)
+    smooth = ((f32(1) / wavelen) * f32(scaling.original_max_seq_len) - f32(scaling.low_freq_factor)) / f32(
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (f32(1) - smooth) * scaled + smooth * inv_freq
+    return np.where(wavelen > low_wavelen, scaled, np.where(wavelen < high_wavelen, inv_freq, between)).astype(f32)
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Inverse frequencies (K/2,) in float32, computed on the host so that every device uses the same bits.
+
+    The power is taken in float64 of the float32 exponent, which gives the bits of torch's float32 power.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    power = (np.float64(config.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
+    inv_freq = np.float32(1) / power
+    return inv_freq if config.rope_scaling is None else scale_frequencies(inv_freq, config.rope_scaling)
+
+
+def rope_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each (.., K/2), of every position's rotation angles; float32 (float64 for a float64 model)."""
+    acc = accumulator(config.jnp_dtype)
+    angles = positions[..., None].astype(acc) * rope_frequencies(config).astype(acc)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary_emb(x_HK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x (.., heads, K) by its position; cos and sin are (.., K/2).
+
+    Half-split convention: element i turns with element i + K/2 (Su et al., 2021, as Hugging Face stores Llama).
+    """
+    x1, x2 = jnp.split(x_HK.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_HK.dtype)
+
+
+def project_qkv(x: jax.Array, wqkv_GRKD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x (.., D) to q (.., H, K), k (.., G, K) and v (.., G, K) with one fused product."""
+    qkv = dot("...d,grkd->...grk", x, wqkv_GRKD)
+    n_kv_heads, width, head_dim = qkv.shape[-3:]
+    q = qkv[..., : width - 2, :].reshape(*qkv.shape[:-3], n_kv_heads * (width - 2), head_dim)
+    return q, qkv[..., width - 2, :], qkv[..., width - 1, :]
+
+
+def feed_forward(x: jax.Array, w13_2FD: jax.Array, w2_DF: jax.Array) -> jax.Array:
+    """SwiGLU: (silu(x w1) * (x w3)) w2 (Shazeer, 2020). Returns this shard's partial sum (.., D)."""
+    gate_up = dot("...d,cfd->...cf", x, w13_2FD)
+    return dot("...f,df->...d", jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], w2_DF)
