@@ -1,0 +1,1 @@
+"""Running the model: compiled steps, and generation on top of them."""
