@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from benchmarks import record
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.steps import DecodeState, Steps
+from sharded_llama.engine.steps import Steps
 from sharded_llama.kv_cache import KVCache
 from sharded_llama.mesh import make_mesh, parse_mesh, simulate_cpu_devices
 from sharded_llama.model import xfmr
@@ -86,19 +86,15 @@ def time_decode(config: LlamaConfig, steps: Steps, weights: Any, batch: int) -> 
     length = CACHED.value + STEPS.value
     first = CACHED.value - STEPS.value // 2
     run = steps.decode(batch, length, greedy=True)
-    state = DecodeState(
-        tokens_B=steps.put("replicated", np.arange(batch, dtype=np.int32)),
-        cur_pos_B=steps.put("tokens", np.full(batch, first, np.int32)),
-        caches=random_caches(config, steps, batch, length),
-    )
+    tokens = steps.put("replicated", np.arange(batch, dtype=np.int32))
+    caches = random_caches(config, steps, batch, length)
     seconds = []
     for _ in range(4):  # the first round warms up
-        state = state._replace(cur_pos_B=steps.put("tokens", np.full(batch, first, np.int32)))
-        jax.block_until_ready(state)
+        positions = jax.block_until_ready(steps.put("tokens", np.full(batch, first, np.int32)))
         start = time.perf_counter()
         for _ in range(STEPS.value):
-            state = run(weights, state, None)
-        jax.block_until_ready(state)
+            tokens, positions, caches = run(weights, caches, tokens, positions, None)
+        jax.block_until_ready(tokens)
         seconds.append((time.perf_counter() - start) / STEPS.value)
     return float(np.median(seconds[1:]))
 
@@ -124,24 +120,22 @@ def time_recompute(config: LlamaConfig, steps: Steps, weights: Any, n_tokens: in
     """Seconds for `n_tokens` after a prompt of CACHED tokens, with the cache and by recomputing, batch 1 per shard."""
     batch, length = steps.mesh.shape[DATA], CACHED.value + n_tokens
     run = steps.decode(batch, length, greedy=True)
-    state = DecodeState(
-        tokens_B=steps.put("replicated", np.arange(batch, dtype=np.int32)),
-        cur_pos_B=steps.put("tokens", np.full(batch, CACHED.value, np.int32)),
-        caches=random_caches(config, steps, batch, length),
-    )
+    new = steps.put("replicated", np.arange(batch, dtype=np.int32))
+    positions = steps.put("tokens", np.full(batch, CACHED.value, np.int32))
+    caches = random_caches(config, steps, batch, length)
     # The recomputed sequence has one fixed, padded shape: no compilation is counted against it.
     whole = jax.jit(
         lambda w, tokens, at: xfmr(w, config, tokens, mesh=steps.mesh, logits_at_B=at, backend=steps.backend)[0]
     )
     tokens = steps.put("tokens", np.ones((batch, length), np.int32))
     at = steps.put("tokens", np.full(batch, CACHED.value, np.int32))
-    state = jax.block_until_ready(run(weights, state, None))
+    new, positions, caches = jax.block_until_ready(run(weights, caches, new, positions, None))
     jax.block_until_ready(whole(weights, tokens, at))
 
     start = time.perf_counter()
     for _ in range(n_tokens - 1):
-        state = run(weights, state, None)
-    jax.block_until_ready(state)
+        new, positions, caches = run(weights, caches, new, positions, None)
+    jax.block_until_ready(new)
     cached = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(n_tokens - 1):

@@ -33,9 +33,7 @@ class KVCache(NamedTuple):
         """One empty cache per layer, each made directly in its shards."""
         shapes = cls.abstract(config, mesh, batch, length)
         shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        return jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings
-        )()
+        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)()
 
     def update(
         self,

@@ -85,5 +85,7 @@ def start_distributed(coordinator_address: str | None, num_processes: int | None
             "or --coordinator_address=auto on a cluster that JAX detects."
         )
     if not 0 <= process_id < num_processes:
-        raise MeshError(f"--process_id={process_id} must lie in 0..{num_processes - 1} for --num_processes={num_processes}.")
+        raise MeshError(
+            f"--process_id={process_id} must lie in 0..{num_processes - 1} for --num_processes={num_processes}."
+        )
     jax.distributed.initialize(coordinator_address, num_processes, process_id)

@@ -141,7 +141,7 @@ def _compiled_init(specs: Any, mesh: Mesh) -> Callable[[jax.Array], Any]:
     shardings = [named_sharding(mesh, s.name) for s in leaves]
 
     def init(key: jax.Array) -> list[jax.Array]:
-        return [s.init(k).astype(s.dtype) for s, k in zip(leaves, jax.random.split(key, len(leaves)))]
+        return [s.init(k).astype(s.dtype) for s, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)]
 
     compiled = jax.jit(init, out_shardings=shardings)
     return lambda key: jax.tree.unflatten(tree, compiled(key))

@@ -56,9 +56,7 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
     return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
 
 
-def _masked_scores(
-    q_BLGRK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
-) -> jax.Array:
+def _masked_scores(q_BLGRK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:
     """Scaled scores (B, G, R, L, S) of keys at positions first_key.., -inf where the query must not look."""
     acc = accumulator(q_BLGRK.dtype)
     scores = dot("blgrk,bsgk->bgrls", q_BLGRK, k_BSGK, out_dtype=acc) * q_BLGRK.shape[-1] ** -0.5

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,6 @@ from ..model import xfmr
 from ..sampling import RowParams, sample
 from ..sharding import named_sharding
 from ..weights import XfmrWeights, abstract_weights
-
-
-class DecodeState(NamedTuple):
-    """What a decode step hands to the next one, all on the device."""
-
-    tokens_B: jax.Array  # the newest token of every row, not yet in the cache
-    cur_pos_B: jax.Array  # the position it takes
-    caches: tuple[KVCache, ...]
 
 
 def prefill(
@@ -60,30 +52,33 @@ def prefill(
 
 def decode(
     weights: XfmrWeights,
-    state: DecodeState,
+    caches: tuple[KVCache, ...],
+    tokens_B: jax.Array,
+    cur_pos_B: jax.Array,
     rows: RowParams | None,
     *,
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
-) -> DecodeState:
-    """Adds every row's newest token to the cache and samples the next one."""
-    zeros_B = jnp.zeros_like(state.cur_pos_B)
+) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+    """Adds every row's newest token to the cache at its position and samples the next one.
+
+    Returns tokens (B,), their positions (B,) and the caches: the arguments of the next step.
+    """
     logits_BV, caches = xfmr(
         weights,
         config,
-        state.tokens_B[:, None],
-        state.cur_pos_B,
-        state.caches,
+        tokens_B[:, None],
+        cur_pos_B,
+        caches,
         mesh=mesh,
-        logits_at_B=zeros_B,
+        logits_at_B=jnp.zeros_like(cur_pos_B),
         backend=backend,
     )
+    tokens_B = sample(logits_BV, rows, cur_pos_B + 1, vocab_size=config.vocab_size, mesh=mesh)
     # Rows that are finished run on until the batch is; they must stay within the cache.
-    last_position = state.caches[0].k_BSGK.shape[1] - 1
-    next_pos_B = jnp.minimum(state.cur_pos_B + 1, last_position)
-    tokens_B = sample(logits_BV, rows, state.cur_pos_B + 1, vocab_size=config.vocab_size, mesh=mesh)
-    return DecodeState(tokens_B, next_pos_B, caches)
+    last_position = caches[0].k_BSGK.shape[1] - 1
+    return tokens_B, jnp.minimum(cur_pos_B + 1, last_position), caches
 
 
 class Steps:
@@ -110,17 +105,18 @@ class Steps:
             self._abstract("replicated", (), jnp.int32),
             None if greedy else self._abstract_rows(batch),
         )
-        return self._compile(prefill, (batch, length, cache_batch, cache_length, greedy), args, donate=1)
+        return self._compile(prefill, (batch, length, cache_batch, cache_length, greedy), args)
 
     def decode(self, batch: int, cache_length: int, *, greedy: bool) -> Any:
-        """Executable of `decode`: f(weights, state, rows) -> state. The state is donated."""
-        state = DecodeState(
-            tokens_B=self._abstract("replicated", (batch,), jnp.int32),
-            cur_pos_B=self._abstract("tokens", (batch,), jnp.int32),
-            caches=KVCache.abstract(self.config, self.mesh, batch, cache_length),
+        """Executable of `decode`: f(weights, caches, tokens, cur_pos, rows) -> (tokens, cur_pos, caches)."""
+        args = (
+            abstract_weights(self.config, self.mesh),
+            KVCache.abstract(self.config, self.mesh, batch, cache_length),
+            self._abstract("replicated", (batch,), jnp.int32),
+            self._abstract("tokens", (batch,), jnp.int32),
+            None if greedy else self._abstract_rows(batch),
         )
-        args = (abstract_weights(self.config, self.mesh), state, None if greedy else self._abstract_rows(batch))
-        return self._compile(decode, (batch, cache_length, greedy), args, donate=1)
+        return self._compile(decode, (batch, cache_length, greedy), args)
 
     def put(self, name: str, array: np.ndarray) -> jax.Array:
         """A host array, the same in every process, as a global array laid out as the table says for `name`."""
@@ -143,17 +139,18 @@ class Steps:
             seed_B2=self._abstract("tokens", (batch, 2), jnp.uint32),
         )
 
-    def _compile(self, step: Any, shape: tuple, args: tuple, *, donate: int) -> Any:
+    def _compile(self, step: Any, shape: tuple, args: tuple) -> Any:
         key = (step.__name__, *shape)
         if key not in self._compiled:
             start = time.perf_counter()
-            # Outputs keep the layout of the inputs they replace, so that one step's result is the next one's input.
             run = functools.partial(step, config=self.config, mesh=self.mesh, backend=self.backend)
-            out_shardings = self._out_shardings(step)
-            self._compiled[key] = jax.jit(run, donate_argnums=donate, out_shardings=out_shardings).lower(*args).compile()
+            # Outputs keep the layout of the inputs they replace, so that one step's result is the next one's input;
+            # the caches (argument 1) are donated, so that they are updated in place.
+            jitted = jax.jit(run, donate_argnums=1, out_shardings=self._out_shardings(step))
+            self._compiled[key] = jitted.lower(*args).compile()
             logging.info("compiled %s in %.1f s", key, time.perf_counter() - start)
         return self._compiled[key]
 
     def _out_shardings(self, step: Any) -> Any:
         tokens, positions, cache = (named_sharding(self.mesh, n) for n in ("replicated", "tokens", "kv_cache"))
-        return (tokens, cache) if step is prefill else DecodeState(tokens, positions, cache)
+        return (tokens, cache) if step is prefill else (tokens, positions, cache)

@@ -1,0 +1,300 @@
+"""Hugging Face safetensors: one `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape, byte range),
+and the tensors' bytes (https://huggingface.co/docs/safetensors). Headers are checked completely when a
+checkpoint is opened; tensor bytes are read by slice, and only those that are asked for.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import CheckpointError
+from .source import TensorInfo
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Canonical name -> Hugging Face name; `{i}` is the layer. Reading and exporting both use this table.
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens.weight",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.wq": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.wk": "model.layers.{i}.self_attn.k_proj.weight",
+    "layers.{i}.wv": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.wo": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.w1": "model.layers.{i}.mlp.gate_proj.weight",
+    "layers.{i}.w3": "model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.w2": "model.layers.{i}.mlp.down_proj.weight",
+    "norm": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+CANONICAL_NAMES = {hf: name for name, hf in HF_NAMES.items()}
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation: a corrupt length must not ask for memory
+MAPPED_BYTES = (
+    16 << 20
+)  # of a file mapped at once; smaller blocks spend their time on mapping (3 GB/s at 4 MiB, 5 at 16)
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of canonical tensor `name`; a name that is not canonical is its own."""
+    return _translate(name, HF_NAMES)
+
+
+def canonical_name(hf: str) -> str:
+    """The canonical name of Hugging Face tensor `hf`; a name that is not in the table is its own."""
+    return _translate(hf, CANONICAL_NAMES)
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
+    layer = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+    if layer is None:
+        return table.get(name, name)
+    pattern = f"{name[: layer.start()]}{{i}}{name[layer.end() :]}"
+    return table[pattern].format(i=layer[0]) if pattern in table else name
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor of a safetensors file."""
+
+    file: Path
+    offset: int  # of the first byte, from the start of the file
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """An opened safetensors checkpoint: a `CheckpointSource`."""
+
+    location: str
+    tensors: dict[str, StoredTensor]
+
+    def stored_name(self, name: str) -> str:
+        """The Hugging Face name of canonical tensor `name`."""
+        return hf_name(name)
+
+    def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
+        """See `CheckpointSource.read`. Whole rows of the same dtype go straight from the file into `out`."""
+        tensor = self.tensors[name]
+        bounds = [s.indices(n)[:2] for s, n in zip(slices, tensor.shape, strict=True)]
+        shape = tuple(stop - start for start, stop in bounds)
+        if out.shape != shape:
+            raise ValueError(f"{name}: out has shape {out.shape}, the slices have {shape}.")
+        whole_rows = shape[1:] == tensor.shape[1:]
+        try:
+            with open(tensor.file, "rb", buffering=0) as file:
+                if whole_rows and out.dtype == tensor.dtype and out.flags.c_contiguous:
+                    start = tensor.offset + bounds[0][0] * _row_bytes(tensor)
+                    _read_exactly(file.fileno(), start, out.reshape(-1).view(np.uint8))
+                else:
+                    _copy_mapped(file.fileno(), tensor, bounds, out)
+        except (OSError, EOFError) as e:
+            raise CheckpointError(f"{tensor.file}: cannot read tensor {hf_name(name)}: {e}") from e
+        return math.prod(shape) * tensor.dtype.itemsize
+
+
+def _row_bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+
+
+def _read_exactly(fd: int, offset: int, out: np.ndarray) -> None:
+    """Fills the bytes `out` from `offset` on; one call may return fewer than asked for."""
+    done = 0
+    while done < out.size:
+        count = os.preadv(fd, [out[done:]], offset + done)
+        if count == 0:
+            raise EOFError(f"the file ends at byte {offset + done}; it was longer when it was opened.")
+        done += count
+
+
+def _copy_mapped(fd: int, tensor: StoredTensor, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
+    """Copies columns, or converts, through mappings of a few rows that are dropped at once.
+
+    A mapping touches only the pages that hold the columns, and a short one leaves few of them resident.
+    """
+    columns = tuple(slice(*b) for b in bounds[1:])
+    row_bytes = _row_bytes(tensor)
+    block = max(1, MAPPED_BYTES // max(1, row_bytes))
+    source_dtype, target = tensor.dtype, out
+    if out.dtype == tensor.dtype:  # bits are bits: NumPy copies integers faster than bfloat16
+        source_dtype = np.dtype(f"u{tensor.dtype.itemsize}")
+        target = out.view(source_dtype)
+    first, last = bounds[0]
+    if out.size == 0:
+        return
+    for row in range(first, last, block):
+        rows = min(block, last - row)
+        start = tensor.offset + row * row_bytes
+        lead = start % mmap.ALLOCATIONGRANULARITY
+        if os.fstat(fd).st_size < start + rows * row_bytes:  # touching pages past the end kills the process
+            raise EOFError("the file is shorter than when it was opened.")
+        with mmap.mmap(fd, lead + rows * row_bytes, offset=start - lead, access=mmap.ACCESS_READ) as mapped:
+            stored = np.frombuffer(mapped, source_dtype, rows * row_bytes // source_dtype.itemsize, lead)
+            source = stored.reshape(rows, *tensor.shape[1:])[(slice(None), *columns)]
+            np.copyto(target[row - first : row - first + rows], source, casting="unsafe")
+            del stored, source  # a mapping that is still referred to cannot be closed
+
+
+def open_safetensors(folder: Path) -> SafetensorsSource:
+    """Reads and checks the headers of the safetensors checkpoint in `folder`.
+
+    Raises CheckpointError naming the file and the tensor that is missing, truncated, malformed, or of a dtype
+    that is not supported.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        stored = read_header(folder / SINGLE_FILE)
+    else:
+        stored = _read_shards(folder / INDEX_FILE)
+    tensors: dict[str, StoredTensor] = {}
+    for stored_name, tensor in stored.items():
+        name = canonical_name(stored_name)
+        if name in tensors:
+            raise CheckpointError(f"{tensor.file}: tensors {stored_name} and {name} are the same tensor.")
+        tensors[name] = tensor
+    return SafetensorsSource(str(folder), tensors)
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    """The tensors of all the files that an index names."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names_of: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            names_of.setdefault(file, []).append(name)
+    except OSError as e:
+        raise CheckpointError(f"{index}: cannot be read: {e.strerror}.") from e
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index}: is not an index: it needs a weight_map of tensor name -> file name.") from e
+    for file in names_of:
+        # A name, not a path: an index must not reach outside its folder.
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors file beside it.")
+    missing = [file for file in sorted(names_of) if not (index.parent / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent}: {len(missing)} of {len(names_of)} shards missing: {shorten(missing)}.")
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in sorted(names_of.items()):
+        header = read_header(index.parent / file)
+        absent = [name for name in names if name not in header]
+        # Rotary buffers are dropped from the header, so the index may name them.
+        absent = [name for name in absent if not _is_derived(name)]
+        if absent:
+            raise CheckpointError(
+                f"{index.parent / file}: lacks tensors that the index places here: {shorten(absent)}."
+            )
+        tensors |= {name: header[name] for name in names if name in header}
+    return tensors
+
+
+def shorten(items: Iterable[str], limit: int = 5) -> str:
+    """The first few items of a list that a message names, and the number of the others."""
+    items = list(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _is_derived(name: str) -> bool:
+    """Old checkpoints store the rotary frequencies, which follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by stored name, without derived buffers.
+
+    Raises CheckpointError when the file is truncated, or its header malformed or at odds with the file's size.
+    """
+    try:
+        with open(file, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{file}: is not a safetensors file: {size} bytes, header length {length}.")
+            if 8 + length > size:
+                raise CheckpointError(f"{file}: is truncated within its header: {size} bytes of {8 + length} or more.")
+            header = json.loads(f.read(length).decode())
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: its header is not JSON: {e}") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its header is not a JSON object.")
+    header.pop("__metadata__", None)
+    tensors = {name: _parse_entry(file, 8 + length, name, entry) for name, entry in header.items()}
+    _check_layout(file, 8 + length, size, tensors)
+    return {name: tensor for name, tensor in tensors.items() if not _is_derived(name)}
+
+
+def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{file}: tensor {name} has a malformed header entry: {str(entry)[:200]}.") from e
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {code}, which is not supported; {', '.join(DTYPES)} are. "
+            "Quantised checkpoints cannot be read."
+        )
+    dtype = DTYPES[code]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{file}: tensor {name} of {code} {shape} needs {math.prod(shape) * dtype.itemsize} bytes, "
+            f"but the header gives it {end - begin}."
+        )
+    return StoredTensor(shape, dtype, file, data_start + begin)
+
+
+def _check_layout(file: Path, data_start: int, size: int, tensors: Mapping[str, StoredTensor]) -> None:
+    """Tensors must follow one another without gaps or overlaps, and fill the file."""
+    end, last = data_start, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file}: tensor {name} begins at byte {tensor.offset}, but {last} before it ends at {end}."
+            )
+        end, last = end + math.prod(tensor.shape) * tensor.dtype.itemsize, name
+        if end > size:
+            raise CheckpointError(f"{file}: is truncated: tensor {name} ends at byte {end}, the file at {size}.")
+    if end != size:
+        raise CheckpointError(f"{file}: has {size} bytes, but its tensors end at {end}.")
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, TensorInfo], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a file that holds `tensors` (by stored name), taking `arrays` one at a time in the same order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    end = 0
+    for name, info in tensors.items():
+        begin, end = end, end + math.prod(info.shape) * info.dtype.itemsize
+        header[name] = {"dtype": DTYPE_CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for (name, info), array in zip(tensors.items(), arrays, strict=True):
+            if (array.shape, array.dtype) != (info.shape, info.dtype):
+                raise ValueError(f"{name}: expected {info.dtype} {info.shape}, got {array.dtype} {array.shape}.")
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        f.flush()
+        os.fsync(f.fileno())  # the rename that follows an export must not outlive the data

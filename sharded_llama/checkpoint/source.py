@@ -1,0 +1,52 @@
+"""The seam between checkpoint formats and the sharded reader.
+
+A format lists its tensors under canonical names and reads any slice of one. It knows nothing of meshes,
+fusing or padding; the reader knows nothing of files. The canonical tensors, as (out, in) matrices:
+
+    tok_embeddings           (V, D)      layers.{i}.ffn_norm  (D,)
+    layers.{i}.attention_norm  (D,)      layers.{i}.w1        (F, D)  gate
+    layers.{i}.wq          (H*K, D)      layers.{i}.w3        (F, D)  up
+    layers.{i}.wk          (G*K, D)      layers.{i}.w2        (D, F)  down
+    layers.{i}.wv          (G*K, D)      norm                 (D,)
+    layers.{i}.wo          (D, H*K)      output               (V, D)  absent when tied
+
+Rows of wq and wk are in the half-split rotary convention; a format that stores them interleaved permutes
+them while reading.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor as it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class CheckpointSource(Protocol):
+    """An opened checkpoint. Opening reads headers only; `read` may be called from several threads."""
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by canonical name; one that has no canonical name stands under its stored name."""
+
+    def stored_name(self, name: str) -> str:
+        """What the format calls the canonical tensor `name`, whether or not it is there: for messages."""
+
+    def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
+        """Fills `out` with the slices (step 1, one per axis) of a tensor, converted to `out.dtype`.
+
+        `out` has the shape of the slices and may be a strided view. Memory beyond `out` stays within a few
+        tens of MB. Returns the bytes that the slices take in the checkpoint. Raises CheckpointError when they
+        cannot be read.
+        """
