@@ -1,14 +1,17 @@
 """The `(data, model)` device mesh and the start of multi-process runs."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from .config import LlamaConfig
-from .errors import MeshError
+from .errors import MeshError, RequestError, ShardedLlamaError
 from .sharding import DATA, MODEL, check_model_size, model_sizes
 
 # Simulated CPU devices share one thread pool that is sized from the core count. With too few threads, queued
@@ -28,7 +31,8 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | 
     if data * model > len(devices):
         raise MeshError(
             f"mesh data:{data},model:{model} needs {data * model} devices, but there are {len(devices)} "
-            f"({devices[0].platform}). Use a smaller mesh, or simulate devices on CPU with --simulate_devices={data * model}."
+            f"({devices[0].platform}). Use a smaller mesh, or simulate devices on CPU with "
+            f"--simulate_devices={data * model}."
         )
     grid = np.asarray(devices[: data * model], dtype=object).reshape(data, model)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -89,3 +93,21 @@ def start_distributed(coordinator_address: str | None, num_processes: int | None
             f"--process_id={process_id} must lie in 0..{num_processes - 1} for --num_processes={num_processes}."
         )
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def broadcast_from_main(make: Callable[[], Any]) -> Any:
+    """The JSON value that `make` gives in process 0, in every process; its error is raised in every process too."""
+    if jax.process_count() == 1:
+        return make()
+    payload = b""
+    if jax.process_index() == 0:
+        try:
+            payload = json.dumps({"value": make()}).encode()
+        except ShardedLlamaError as error:
+            payload = json.dumps({"error": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(payload))))
+    buffer = np.frombuffer(payload.ljust(size), np.uint8)
+    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+    if "error" in answer:
+        raise RequestError(answer["error"])
+    return answer["value"]

@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ..checkpoint import load_weights, open_checkpoint
-from ..config import LlamaConfig, read_generation_config
+from ..config import LlamaConfig
 from ..errors import RequestError, TokenizerError
+from ..hf_config import read_generation_config
 from ..mesh import check_mesh, default_mesh
 from ..model import xfmr
 from ..sampling import SamplingParams
@@ -251,7 +252,7 @@ def load(
 
     Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong.
     """
-    folder = DEMO_CHECKPOINT if str(checkpoint) == "demo" else Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     start = time.perf_counter()
     source = open_checkpoint(folder)
     config = LlamaConfig.from_hf(folder, dtype=dtype)
@@ -271,6 +272,11 @@ def load(
     llm = LLM(config, mesh, weights, tokenizer, sampling_defaults=defaults, attention=attention)
     logging.info("mesh data:%d,model:%d, %s, attention: %s", *mesh.shape.values(), config.dtype, llm.steps.backend)
     return llm
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint; "demo" is the small model that comes with the package."""
+    return DEMO_CHECKPOINT if str(name) == "demo" else Path(name)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,0 +1,27 @@
+"""The small model that ships with the package; it runs on a laptop CPU."""
+
+from ml_collections import ConfigDict
+
+from sharded_llama.config import LlamaConfig
+from sharded_llama.run_config import run_config
+
+
+def get_config() -> ConfigDict:
+    model = LlamaConfig(
+        dim=256,
+        n_layers=6,
+        n_heads=8,
+        n_kv_heads=4,
+        head_dim=32,
+        ffn_dim=704,
+        vocab_size=1024,
+        norm_eps=1e-5,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        max_seq_len=512,
+        tie_embeddings=True,
+        bos_id=0,
+        eos_ids=(0,),
+        dtype="float32",
+    )
+    return run_config(model, checkpoint="demo")

@@ -1,0 +1,166 @@
+r"""Generates text from a checkpoint.
+
+    python -m launch.generate --checkpoint=FOLDER --prompt="Once upon a time"
+    python -m launch.generate --config=configs/demo.py --simulate_devices=8 --mesh=data:2,model:4
+
+Several prompts run as one batch. The text goes to standard output as it comes, everything else to standard error.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from sharded_llama.engine.llm import LLM, Stream
+from sharded_llama.errors import RequestError
+from sharded_llama.mesh import broadcast_from_main
+
+from . import common
+
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; repeatable. An empty one starts from BOS alone.")
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file",
+    None,
+    "File whose text is a prompt; '-' is standard input. A .jsonl file gives a prompt per line: {\"prompt\": ...}.",
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.")
+TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the checkpoint's, else 0.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many most likely tokens; 0: all.")
+TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most likely tokens that hold this mass.")
+MIN_P = flags.DEFINE_float("min_p", None, "Drop tokens less likely than this times the most likely one.")
+SEED = flags.DEFINE_integer("seed", None, "Seed of the sampling; default: a new one each time.")
+IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "Generate past end-of-sequence tokens.")
+OUTPUT = flags.DEFINE_string("output", None, "Write the answers to this file as JSON lines.")
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+def read_prompts() -> list[str]:
+    """Prompts of --prompt and --prompt_file; of the config when there are none."""
+    prompts = list(PROMPT.value)
+    if PROMPT_FILE.value:
+        prompts += _read_prompt_file(PROMPT_FILE.value)
+    prompts = prompts or list(common.setting("generate", "prompts") or [])
+    if not prompts:
+        raise RequestError(
+            "no prompt: give --prompt='...', --prompt='' to start from BOS alone, or --prompt_file=FILE."
+        )
+    return prompts
+
+
+def _read_prompt_file(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompt_file={name}: cannot be read as UTF-8 text: {error}.") from error
+    if not name.endswith(".jsonl"):
+        return [text.removesuffix("\n")]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(json.loads(line)["prompt"])
+            except (ValueError, TypeError, KeyError):
+                prompts.append(None)
+            if not isinstance(prompts[-1], str):
+                raise RequestError(
+                    f'--prompt_file={name}, line {number}: expected an object like {{"prompt": "text"}}.'
+                )
+    return prompts
+
+
+def sampling_settings() -> dict[str, object]:
+    """Sampling parameters that flags or config give; what is left out has the checkpoint's default."""
+    given = {
+        "max_tokens": common.setting("generate", "max_new_tokens", MAX_NEW_TOKENS.value) or DEFAULT_MAX_NEW_TOKENS,
+        "ignore_eos": IGNORE_EOS.value,
+    }
+    for flag in (TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED):
+        given[flag.name] = common.setting("generate", flag.name, flag.value)
+    if MAX_NEW_TOKENS.value is not None:
+        given["max_tokens"] = MAX_NEW_TOKENS.value
+    return given
+
+
+class Printer:
+    """Prints answers in the order of their prompts, the first unfinished one as it comes."""
+
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
+        self.current = -1
+        self.texts = [""] * len(prompts)
+        self.done = [False] * len(prompts)
+        self._next()
+
+    def add(self, request: int, text: str, finished: bool) -> None:
+        self.texts[request] += text
+        self.done[request] = finished
+        if request == self.current:
+            self._write(text)
+            while self.current < len(self.prompts) and self.done[self.current]:
+                self._write("\n")
+                self._next()
+
+    def _next(self) -> None:
+        self.current += 1
+        if self.current < len(self.prompts):
+            separator = f"--- prompt {self.current + 1} of {len(self.prompts)} ---\n" if len(self.prompts) > 1 else ""
+            self._write(separator + self.prompts[self.current] + self.texts[self.current])
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def summary(llm: LLM, stream: Stream) -> str:
+    t = stream.timings
+    data, model = llm.mesh.shape.values()
+    device = llm.mesh.devices.flat[0]
+    return (
+        f"{t.prompt_tokens} prompt tokens, {t.new_tokens} new tokens, "
+        f"{1e3 * t.first_token_s:.0f} ms to first token, {t.tokens_per_s:.1f} tokens/s "
+        f"(after {t.compile_s:.1f} s of compilation)\n"
+        f"mesh data:{data},model:{model} on {data * model} {device.platform} devices ({device.device_kind}), "
+        f"{llm.config.dtype}, {llm.steps.backend} attention"
+    )
+
+
+def write_output(path: Path, records: list[dict[str, object]]) -> None:
+    """Writes JSON lines under a temporary name first, so that the file is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    if OUTPUT.value and not Path(OUTPUT.value).absolute().parent.is_dir():
+        raise RequestError(f"--output={OUTPUT.value}: its folder does not exist.")
+    # Every process has to run the same prompts; only process 0 needs to have them.
+    prompts = broadcast_from_main(read_prompts)
+    llm = common.load_model()
+    stream = llm.stream(prompts, **sampling_settings())
+    printer = Printer(prompts) if common.is_main_process() else None
+    texts, tokens, reasons = [""] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
+    for event in stream:
+        texts[event.request] += event.text
+        tokens[event.request].append(event.token_id)
+        reasons[event.request] = event.finish_reason
+        if printer:
+            printer.add(event.request, event.text, event.finish_reason is not None)
+    if not common.is_main_process():
+        return
+    print(summary(llm, stream), file=sys.stderr)
+    if OUTPUT.value:
+        fields = ("prompt", "text", "token_ids", "finish_reason")
+        rows = zip(prompts, texts, tokens, reasons, strict=True)
+        write_output(Path(OUTPUT.value), [dict(zip(fields, row, strict=True)) for row in rows])
+
+
+def cli() -> None:
+    common.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,27 @@
+"""Reading the JSON files of a checkpoint folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, ShardedLlamaError
+
+
+def read_json_object(path: str | os.PathLike, error: type[ShardedLlamaError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in the file at `path`.
+
+    Raises `error`, naming the file, when it is missing, unreadable, not JSON, or JSON but not an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist.") from None
+    except OSError as e:
+        raise error(f"{path} cannot be read: {e.strerror or e}.") from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested without end
+        raise error(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object {{...}}, but it holds a {type(value).__name__}.")
+    return value

@@ -1,0 +1,112 @@
+"""The PyTorch reference: random Llama models of transformers, in float32, bfloat16 and true float64."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+# Awkward on purpose: head widths, vocabularies and feed-forward widths that divide by nothing.
+MODELS = {
+    "grouped": {"num_key_value_heads": 2, "head_dim": 6, "vocab_size": 131, "rope_parameters": PLAIN_ROPE},
+    "grouped_llama3": {"num_key_value_heads": 4, "head_dim": 16, "vocab_size": 97, "rope_parameters": LLAMA3_ROPE},
+    "ungrouped_tied": {
+        "num_key_value_heads": 8,
+        "head_dim": 10,
+        "vocab_size": 61,
+        "rope_parameters": PLAIN_ROPE,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_model(name: str = "grouped", seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random model in float32 whose logits are far from uniform and whose norm weights are not 1."""
+    config = LlamaConfig(
+        **{
+            "hidden_size": 40,
+            "intermediate_size": 92,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5,
+            "initializer_range": 0.15,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attn_implementation": "eager",
+            **MODELS[name],
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def save(model: LlamaForCausalLM, folder: Path, dtype: str = "float32", **kwargs: object) -> Path:
+    """Writes the checkpoint in `dtype`, as transformers itself does."""
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **kwargs)
+    model.to(torch.float32)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: LlamaForCausalLM, tokens_BL: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits (B, L, V) of the reference computed in `dtype`, as float64."""
+    tokens = torch.from_numpy(np.asarray(tokens_BL)).long()
+    with kept_in_float64() if dtype == "float64" else contextlib.nullcontext():
+        out = model.to(getattr(torch, dtype))(tokens, use_cache=False).logits.to(torch.float64).numpy()
+    model.to(torch.float32)
+    return out
+
+
+@contextlib.contextmanager
+def kept_in_float64() -> Iterator[None]:
+    """transformers casts norm, rotary and softmax to float32 even in a float64 model: here they stay in float64."""
+
+    def norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].double() * self.inv_freq.double()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    softmax = functools.partial(nn.functional.softmax)
+
+    def softmax_as_given(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        del dtype
+        return softmax(x, dim=dim)
+
+    with (
+        mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", norm),
+        mock.patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary),
+        mock.patch.object(nn.functional, "softmax", softmax_as_given),
+    ):
+        yield
+
+
+def distance(x: np.ndarray, reference: np.ndarray) -> float:
+    """Norm of the difference over norm of the reference."""
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
