@@ -1,5 +1,6 @@
 """What every launcher shares: the flags that say which model runs where, and how mistakes are reported."""
 
+import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Callable
@@ -55,6 +56,8 @@ def run(main: Callable[[], None]) -> None:
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(message)s"))
+    stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)  # it tells of every platform that is not there
     try:
         argv = [sys.argv[0], *map(_find_config, sys.argv[1:])]
     except ConfigError as error:

@@ -16,6 +16,7 @@ from absl import flags
 from sharded_llama.engine.llm import LLM, Stream
 from sharded_llama.errors import RequestError
 from sharded_llama.mesh import broadcast_from_main
+from sharded_llama.sampling import SamplingParams
 
 from . import common
 
@@ -25,7 +26,7 @@ PROMPT_FILE = flags.DEFINE_string(
     None,
     "File whose text is a prompt; '-' is standard input. A .jsonl file gives a prompt per line: {\"prompt\": ...}.",
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.", 1)
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the checkpoint's, else 0.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many most likely tokens; 0: all.")
 TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most likely tokens that hold this mass.")
@@ -79,8 +80,6 @@ def sampling_settings() -> dict[str, object]:
     }
     for flag in (TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED):
         given[flag.name] = common.setting("generate", flag.name, flag.value)
-    if MAX_NEW_TOKENS.value is not None:
-        given["max_tokens"] = MAX_NEW_TOKENS.value
     return given
 
 
@@ -92,9 +91,10 @@ class Printer:
         self.current = -1
         self.texts = [""] * len(prompts)
         self.done = [False] * len(prompts)
-        self._next()
 
     def add(self, request: int, text: str, finished: bool) -> None:
+        if self.current < 0:  # nothing is printed before the first token is there
+            self._next()
         self.texts[request] += text
         self.done[request] = finished
         if request == self.current:
@@ -104,6 +104,7 @@ class Printer:
                 self._next()
 
     def _next(self) -> None:
+        """Goes to the next prompt and prints it, with what is there of its answer."""
         self.current += 1
         if self.current < len(self.prompts):
             separator = f"--- prompt {self.current + 1} of {len(self.prompts)} ---\n" if len(self.prompts) > 1 else ""
@@ -139,8 +140,10 @@ def main() -> None:
         raise RequestError(f"--output={OUTPUT.value}: its folder does not exist.")
     # Every process has to run the same prompts; only process 0 needs to have them.
     prompts = broadcast_from_main(read_prompts)
+    settings = sampling_settings()
+    SamplingParams.make({}, **settings)  # a mistake shows before the model is loaded
     llm = common.load_model()
-    stream = llm.stream(prompts, **sampling_settings())
+    stream = llm.stream(prompts, **settings)
     printer = Printer(prompts) if common.is_main_process() else None
     texts, tokens, reasons = [""] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
     for event in stream:

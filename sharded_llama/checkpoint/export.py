@@ -1,7 +1,6 @@
 """Writes weights as a Hugging Face folder that transformers loads: safetensors, config.json and the tokenizer."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -86,46 +85,54 @@ def save_hf(
     no tokenizer, or when writing fails.
     """
     folder = Path(os.path.abspath(folder))
-    tokenizer = _tokenizer_files(tokenizer_folder)
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    # All processes must go the same way, or some would wait for the others for ever.
-    if multihost_utils.broadcast_one_to_all(taken):
-        raise CheckpointError(f"{folder} already exists; choose a new folder to export to.")
+    writer = jax.process_index() == 0
+    tokenizer: list[Path] = []
+    problem = None
+    if writer:
+        if tokenizer_folder is not None:
+            tokenizer = [path for name in TOKENIZER_FILES if (path := Path(tokenizer_folder) / name).is_file()]
+            if not tokenizer:
+                problem = f"{tokenizer_folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}."
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            problem = f"{folder} already exists; choose a new folder to export to."
+    _raise_everywhere(problem)
     tensors = _canonical_tensors(weights, config)
-    if jax.process_index() == 0:
+    if writer:
         try:
             _write(tensors, config, folder, tokenizer, max_shard_bytes)
+            logging.info("Exported %s.", folder)
         except OSError as e:
-            raise CheckpointError(f"{folder}: cannot be written: {e}") from e
-        logging.info("Exported %s.", folder)
-    else:
-        for _ in tensors:
+            problem = f"{folder}: cannot be written: {e}"
+    if jax.process_count() > 1:
+        for _ in tensors:  # gathers need every process, even when the writer has given up
             pass
-    multihost_utils.sync_global_devices("save_hf")
+    _raise_everywhere(problem)
 
 
-def _tokenizer_files(folder: str | os.PathLike[str] | None) -> list[Path]:
-    if folder is None:
-        return []
-    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
-    if not files:
-        raise CheckpointError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}.")
-    return files
+def _raise_everywhere(problem: str | None) -> None:
+    """Raises on all processes what the first one found: going separate ways, some would wait for ever."""
+    if multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+        raise CheckpointError(problem or "the first process could not export; see its message.")
 
 
 def _canonical_tensors(weights: XfmrWeights, config: LlamaConfig) -> Iterator[np.ndarray]:
     """The tensors in the order of `canonical_shapes`, on the host, one at a time. Every process must take part."""
-    shapes, dtype = canonical_shapes(config), config.jnp_dtype
+    shapes = canonical_shapes(config)
     for path, array in jax.tree_util.tree_leaves_with_path(weights):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        stored = _to_host(array)
-        pieces = shard_pieces(config, name, stored.shape, (slice(None),) * stored.ndim)
-        for tensor in dict.fromkeys(piece.tensor for piece in pieces):
-            out = np.empty(shapes[tensor], dtype)
-            for piece in pieces:
-                if piece.tensor == tensor:
-                    out[piece.source] = piece.view(stored)
-            yield out
+        yield from _unfuse(_to_host(array), name, config, shapes)
+
+
+def _unfuse(
+    stored: np.ndarray, name: str, config: LlamaConfig, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[np.ndarray]:
+    pieces = shard_pieces(config, name, stored.shape, (slice(None),) * stored.ndim)
+    for tensor in dict.fromkeys(piece.tensor for piece in pieces):
+        out = np.empty(shapes[tensor], config.jnp_dtype)
+        for piece in pieces:
+            if piece.tensor == tensor:
+                out[piece.source] = piece.view(stored)  # copies of a repeated head are equal: any may stay
+        yield out
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -149,7 +156,7 @@ def _write(
             write_safetensors(partial / file, infos, (next(tensors) for _ in infos))
         if list(files) != [SINGLE_FILE]:
             weight_map = {name: file for file, infos in files.items() for name in infos}
-            total = sum(_size(info) for infos in files.values() for info in infos.values())
+            total = sum(info.nbytes for infos in files.values() for info in infos.values())
             _write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for path in tokenizer:
             shutil.copyfile(path, partial / path.name)
@@ -166,18 +173,14 @@ def _plan_files(config: LlamaConfig, max_shard_bytes: int) -> dict[str, dict[str
     size = 0
     for name, shape in canonical_shapes(config).items():
         info = TensorInfo(shape, config.jnp_dtype)
-        if shards[-1] and size + _size(info) > max_shard_bytes:
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][hf_name(name)] = info
-        size += _size(info)
+        size += info.nbytes
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _size(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def canonical_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def shard_pieces(config: LlamaConfig, name: str, shape: tuple[int, ...], index: Index) -> list[Piece]:
     """The pieces of the shard `index` of stored array `name`, such as "layers.3.wqkv", of global `shape`.
 
-    Any axis may be split but the head width K of wo, which is not the outer part of an axis of its tensor.
+    Any axis may be split, except the head width K of wo: a part of every head is no slice of its tensor.
     """
     prefix, _, array = name.rpartition(".")
     prefix += "." if prefix else ""

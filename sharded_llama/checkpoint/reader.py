@@ -20,8 +20,7 @@ from ..mesh import check_mesh
 from ..sharding import MODEL, named_sharding
 from ..weights import WeightSpec, XfmrWeights, weight_specs
 from .layout import Piece, canonical_shapes, shard_pieces
-from .safetensors import shorten
-from .source import CheckpointSource
+from .source import CheckpointSource, shorten
 
 THREADS = 8
 MAX_BYTES_IN_FLIGHT = 512 << 20
@@ -100,21 +99,21 @@ def check_tensors(source: CheckpointSource, config: LlamaConfig) -> None:
     expected, found = canonical_shapes(config), source.tensors
     problems = {
         "missing": [f"{source.stored_name(n)} {shape}" for n, shape in expected.items() if n not in found],
-        "not of this model": [
+        "extra": [
             f"{source.stored_name(n)} {info.shape}"
             for n, info in found.items()
             # An output stored beside tied embeddings goes unused, as in transformers.
             if n not in expected and not (n == "output" and config.tie_embeddings)
         ],
         "misshapen": [
-            f"{source.stored_name(n)} is {found[n].shape}, the config says {shape}"
+            f"{source.stored_name(n)} is {found[n].shape}, should be {shape}"
             for n, shape in expected.items()
             if n in found and found[n].shape != shape
         ],
     }
-    texts = [f"{len(names)} tensors {what}: {shorten(names)}" for what, names in problems.items() if names]
+    texts = [f"{what} tensors: {shorten(names)}" for what, names in problems.items() if names]
     if texts:
-        raise CheckpointError(f"{source.location} does not hold the configured model. {'. '.join(texts)}.")
+        raise CheckpointError(f"{source.location} does not hold the configured model; {'; '.join(texts)}.")
 
 
 def _plan(config: LlamaConfig, mesh: Mesh) -> tuple[list[_Plan], jax.tree_util.PyTreeDef]:

@@ -14,7 +14,8 @@ Rows of wq and wk are in the half-split rotary convention; a format that stores 
 them while reading.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,17 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shorten(items: Iterable[str], limit: int = 5) -> str:
+    """The first few items of a list that a message names, and the number of the others."""
+    items = list(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 
 class CheckpointSource(Protocol):

@@ -264,7 +264,9 @@ def load(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
             f"{config.vocab_size}: they do not belong together."
         )
-    defaults = {"temperature": 0.0, **read_generation_config(folder)}
+    defaults = read_generation_config(folder)
+    if not defaults.pop("do_sample"):
+        defaults = {"temperature": 0.0}
     logging.info("config and tokenizer: %.1f s", time.perf_counter() - start)
     start = time.perf_counter()
     weights = load_weights(source, config, mesh=mesh, progress=progress)

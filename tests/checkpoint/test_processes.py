@@ -1,0 +1,78 @@
+"""Two processes with four devices each: every process reads its own half, and the export is whole."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_models import CONFIG, assert_bits_equal, save_random_model, to_numpy
+from safetensors.torch import load_file
+
+EVEN = CONFIG.replace(vocab_size=128, ffn_dim=96, dtype="bfloat16")
+
+SCRIPT = """
+import sys
+import jax
+from sharded_llama.config import LlamaConfig, RopeScaling
+from sharded_llama.errors import CheckpointError
+from sharded_llama.mesh import make_mesh, simulate_cpu_devices, start_distributed
+from sharded_llama.checkpoint import load_weights, open_checkpoint, save_hf
+from sharded_llama.checkpoint.safetensors import SafetensorsSource
+
+address, rank, stored, target, data, config = *sys.argv[1:6], eval(sys.argv[6])
+simulate_cpu_devices(4)
+start_distributed(address, 2, int(rank))
+read, counts = SafetensorsSource.read, []
+SafetensorsSource.read = lambda *args: counts.append(read(*args)) or counts[-1]
+mesh = make_mesh(int(data), 8 // int(data))
+weights = load_weights(open_checkpoint(stored), config, mesh=mesh)
+# A shard that `data` repeats counts once.
+owned = sum(sum({str(s.index): s.data.nbytes for s in x.addressable_shards}.values()) for x in jax.tree.leaves(weights))
+assert sum(counts) == owned, (sum(counts), owned)
+save_hf(weights, config, target, max_shard_bytes=60_000)
+try:
+    save_hf(weights, config, target)
+except CheckpointError as e:
+    print("bytes", owned, "refused", e)
+"""
+
+
+@pytest.mark.parametrize("data", [1, 4])
+def test_two_processes(tmp_path: Path, data: int):
+    save_random_model(tmp_path / "stored", EVEN)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    arguments = [str(tmp_path / "stored"), str(tmp_path / "exported"), str(data), repr(EVEN)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, address, str(rank), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"NPROC": "16"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # a hung collective ignores SIGTERM
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "exported already exists" in outputs[0][0]
+    assert "the first process could not export" in outputs[1][0]
+
+    stored = load_file(tmp_path / "stored" / "model.safetensors")
+    files = sorted((tmp_path / "exported").glob("*.safetensors"))
+    exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 1
+    assert exported.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert_bits_equal(to_numpy(exported[name]), to_numpy(tensor))
+    if data == 1:  # half of the model each, but for the norms and the repeated kv heads
+        size = sum(tensor.nbytes for tensor in stored.values())
+        counts = [int(output.split("bytes ")[-1].split()[0]) for output, _ in outputs]
+        assert counts[0] == counts[1] < 0.75 * size
