@@ -81,9 +81,17 @@ def _find_config(arg: str) -> str:
 def _start_jax() -> None:
     if SIMULATE_DEVICES.value:
         simulate_cpu_devices(SIMULATE_DEVICES.value)
+    if COORDINATOR.value:
+        _keep_stdout_to_ourselves()
     start_distributed(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DTYPE.value == "float64":
         jax.config.update("jax_enable_x64", True)
+
+
+def _keep_stdout_to_ourselves() -> None:
+    """Sends what C++ libraries print (gloo tells of its connections) to standard error instead of into our output."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
 
 def setting(section: str, name: str, flag_value: Any = None) -> Any:

@@ -11,4 +11,24 @@ Arrays carry their shape in their name, one capital per axis, as in `x_BLD`, `q_
 Inside `shard_map` the letters mean the part that one device holds.
 """
 
+from .config import LlamaConfig
+from .engine.llm import LLM, Generation, Stream, StreamEvent, load
+from .errors import ShardedLlamaError
+from .mesh import default_mesh, make_mesh, simulate_cpu_devices
+from .sampling import SamplingParams
+
+__all__ = [
+    "LLM",
+    "Generation",
+    "LlamaConfig",
+    "SamplingParams",
+    "ShardedLlamaError",
+    "Stream",
+    "StreamEvent",
+    "default_mesh",
+    "load",
+    "make_mesh",
+    "simulate_cpu_devices",
+]
+
 __version__ = "0.1.0"

@@ -33,7 +33,9 @@ class TestMesh:
     def test_uses_the_first_devices(self):
         assert [d.id for d in make_mesh(1, 2).devices.flat] == [0, 1]
 
-    @pytest.mark.parametrize(("data", "model", "message"), [(3, 3, "needs 9 devices, but there are 8"), (0, 1, "at least 1")])
+    @pytest.mark.parametrize(
+        ("data", "model", "message"), [(3, 3, "needs 9 devices, but there are 8"), (0, 1, "at least 1")]
+    )
     def test_impossible(self, data, model, message):
         with pytest.raises(MeshError, match=message):
             make_mesh(data, model)

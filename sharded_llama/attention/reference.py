@@ -31,6 +31,9 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
 
     def attend(first_key: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         k, v = (jax.lax.dynamic_slice_in_dim(x, first_key, size, axis=1) for x in (k_BSGK, v_BSGK))
+        # Without the barrier the TPU compiler wants the whole cache in the layout that suits the products, and
+        # copies it in every step.
+        k, v = jax.lax.optimization_barrier((k, v))
         scores = _masked_scores(q_BLGRK, k, q_pos_BL, first_key)
         peak = jnp.max(scores, axis=-1)
         # A block with no visible key has peak -inf; the shift must stay finite.

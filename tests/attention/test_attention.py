@@ -33,7 +33,13 @@ def torch_attn(q, k, v, q_pos):
 @pytest.mark.parametrize("form", [grouped_query_attn, blockwise_attn])
 @pytest.mark.parametrize(
     "shape",
-    [(3, 7, 7, 8, 8, 16), (3, 5, 19, 8, 2, 6), (2, 1, 33, 6, 3, 10), (2, 4, BLOCK, 4, 2, 8), (2, 3, 2 * BLOCK + 5, 4, 1, 8)],
+    [
+        (3, 7, 7, 8, 8, 16),
+        (3, 5, 19, 8, 2, 6),
+        (2, 1, 33, 6, 3, 10),
+        (2, 4, BLOCK, 4, 2, 8),
+        (2, 3, 2 * BLOCK + 5, 4, 1, 8),
+    ],
     ids=str,
 )
 def test_against_torch(form, shape):

@@ -1,0 +1,107 @@
+"""Two processes of four simulated devices each give the text of one process with eight."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_reference import make_model, save
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["0 1", "the quick", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    path = save(make_model("grouped", vocab_size=300), tmp_path_factory.mktemp("model"))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(n_processes, devices, mesh, folder, output, *extra, timeout=240):
+    """Runs the launcher in `n_processes` processes; returns (exit status, standard output, standard error) of each."""
+    command = [
+        *(sys.executable, "-m", "launch.generate", f"--checkpoint={folder}", f"--simulate_devices={devices}"),
+        *(f"--mesh={mesh}", "--max_new_tokens=12", "--ignore_eos", f"--output={output}", *extra),
+    ]
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    processes = []
+    for i in range(n_processes):
+        several = [address, f"--num_processes={n_processes}", f"--process_id={i}"] if n_processes > 1 else []
+        # Only process 0 has the prompts.
+        prompts = [f"--prompt={p}" for p in PROMPTS] if i == 0 else []
+        processes.append(
+            subprocess.Popen(
+                [*command, *several, *prompts],
+                cwd=ROOT,
+                env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        outputs = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:  # a hung collective ignores SIGTERM
+            if p.poll() is None:
+                os.killpg(p.pid, signal.SIGKILL)
+    return [(p.returncode, *out) for p, out in zip(processes, outputs, strict=True)]
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one") / "out.jsonl"
+    ((status, _, stderr),) = run(1, 8, "data:2,model:4", folder, output)
+    assert status == 0, stderr
+    return records(output)
+
+
+# data:2,model:4 has one data shard in each process; data:1,model:8 has every layer's sums across the processes.
+@pytest.mark.parametrize("mesh", ["data:2,model:4", "data:1,model:8", "data:4,model:2"])
+def test_same_text_as_one_process(folder, one_process, mesh, tmp_path):
+    output = tmp_path / "out.jsonl"
+    (status0, stdout0, stderr0), (status1, stdout1, stderr1) = run(2, 4, mesh, folder, output)
+    assert (status0, status1) == (0, 0), stderr0 + stderr1
+    assert records(output) == one_process
+    assert "8 cpu devices" in stderr0
+    assert PROMPTS[1] in stdout0
+    assert stdout1 == "", "only process 0 writes the output"
+
+
+def test_sampled_text_and_a_mistake_in_every_process(folder, tmp_path):
+    """Fresh seeds are agreed on (otherwise the processes' steps would differ), and an error ends all of them."""
+    output = tmp_path / "out.jsonl"
+    results = run(2, 4, "data:2,model:4", folder, output, "--temperature=1.0")
+    assert [r[0] for r in results] == [0, 0], results
+    assert len(records(output)) == len(PROMPTS)
+
+    results = run(2, 4, "data:2,model:4", folder, output, "--prompt_file=/does/not/exist")
+    assert [r[0] for r in results] == [1, 1]
+    for _, _, stderr in results:
+        assert "error: --prompt_file=/does/not/exist" in stderr
+        assert "Traceback" not in stderr
