@@ -1,6 +1,7 @@
 """The PyTorch reference: random Llama models of transformers, in float32, bfloat16 and true float64."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +66,13 @@ def make_model(name: str = "grouped", seed: int = 0, **changes: object) -> Llama
 
 def save(model: LlamaForCausalLM, folder: Path, dtype: str = "float32", **kwargs: object) -> Path:
     """Writes the checkpoint in `dtype`, as transformers itself does."""
-    model.to(getattr(torch, dtype)).save_pretrained(folder, **kwargs)
-    model.to(torch.float32)
+    in_dtype(model, dtype).save_pretrained(folder, **kwargs)
     return folder
+
+
+def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
+    """A copy of the model in `dtype`; the model itself keeps its bits."""
+    return copy.deepcopy(model).to(getattr(torch, dtype))
 
 
 @torch.no_grad()
@@ -75,9 +80,7 @@ def logits(model: LlamaForCausalLM, tokens_BL: np.ndarray, dtype: str) -> np.nda
     """Logits (B, L, V) of the reference computed in `dtype`, as float64."""
     tokens = torch.from_numpy(np.asarray(tokens_BL)).long()
     with kept_in_float64() if dtype == "float64" else contextlib.nullcontext():
-        out = model.to(getattr(torch, dtype))(tokens, use_cache=False).logits.to(torch.float64).numpy()
-    model.to(torch.float32)
-    return out
+        return in_dtype(model, dtype)(tokens, use_cache=False).logits.to(torch.float64).numpy()
 
 
 @contextlib.contextmanager

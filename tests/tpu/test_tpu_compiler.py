@@ -44,7 +44,7 @@ def cache_bytes_per_chip(steps: Steps, length: int) -> int:
 
 
 def sums_of_hidden_states(executable, dim: int) -> int:
-    """How many all-reduces of hidden states the program has; every other collective must be of a few numbers per row."""
+    """Number of all-reduces of hidden states. Every other collective must be of a few numbers per row."""
     count = 0
     for shape in re.findall(
         r"= \w+\[([\d,]*)\]\S* (?:all-reduce|all-gather|all-to-all)(?:-start)?\(", executable.as_text()

@@ -1,0 +1,199 @@
+"""On NVIDIA GPUs: the same contract as on CPU, with cuDNN attention, and what the compiled steps look like there."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_reference import MODELS, distance, logits, make_model, save
+
+import sharded_llama
+from sharded_llama.attention import attend, grouped_query_attn
+from sharded_llama.checkpoint import load_weights, open_checkpoint
+from sharded_llama.config import LlamaConfig
+from sharded_llama.engine.llm import LLM
+from sharded_llama.engine.steps import Steps
+from sharded_llama.kv_cache import KVCache
+from sharded_llama.mesh import make_mesh
+from sharded_llama.model import xfmr
+
+BATCH, LENGTH = 6, 37
+WIDE = {"hidden_size": 256, "intermediate_size": 700, "vocab_size": 1031, "max_position_embeddings": 256}
+SHAPES = {
+    "heads_of_64": {**WIDE, "head_dim": 64, "num_key_value_heads": 2},
+    "heads_of_128_ungrouped": {**WIDE, "head_dim": 128, "num_key_value_heads": 8},
+    "heads_of_16": {
+        **WIDE,
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+        "rope_parameters": MODELS["grouped_llama3"]["rope_parameters"],
+    },
+}
+
+
+@functools.cache
+def reference(name):
+    # Smaller weights than on CPU: the model is wider, and its logits should still have a margin to speak of.
+    return make_model("grouped", **SHAPES[name], initializer_range=0.06)
+
+
+def tokens():
+    return np.random.default_rng(1).integers(3, 1031, (BATCH, LENGTH)).astype(np.int32)
+
+
+def our_logits(folder, dtype, mesh, *, cached):
+    config = LlamaConfig.from_hf(folder, dtype=dtype)
+    weights = load_weights(open_checkpoint(folder), config, mesh=mesh, progress=False)
+    if not cached:
+        out = jax.jit(lambda w, t: xfmr(w, config, t, mesh=mesh)[0])(weights, tokens())
+    else:  # a prompt at once, a chunk that continues it, then token by token
+        step = jax.jit(lambda w, t, p, c: xfmr(w, config, t, p, c, mesh=mesh), donate_argnums=3)
+        first = jax.jit(lambda w, t, c: xfmr(w, config, t, None, c, mesh=mesh), donate_argnums=2)
+        caches = KVCache.new(config, mesh, BATCH, 64)
+        out, caches = first(weights, tokens()[:, :17], caches)
+        pieces = [out]
+        for start, end in ((17, 22), *((i, i + 1) for i in range(22, LENGTH))):
+            out, caches = step(weights, tokens()[:, start:end], jnp.full(BATCH, start, jnp.int32), caches)
+            pieces.append(out)
+        out = jnp.concatenate(pieces, axis=1)
+    return np.asarray(out, np.float64)[..., : config.vocab_size]
+
+
+def check_contract(name, dtype, folder, mesh):
+    model = reference(name)
+    exact_dtype = "float64" if dtype == "float32" else "float32"
+    rounded = make_model("grouped", **SHAPES[name], initializer_range=0.06)
+    rounded.to(getattr(torch, dtype)).float()
+    exact, theirs = (logits(rounded, tokens(), d) for d in (exact_dtype, dtype))
+    save(model, folder, dtype)
+    for cached in (False, True):
+        ours = our_logits(folder, dtype, mesh, cached=cached)
+        if dtype == "float32":
+            assert distance(ours, theirs) < max(1e-5, 1.5 * distance(theirs, exact)), cached
+        else:
+            assert distance(ours, exact) < 1.25 * distance(theirs, exact), cached
+
+
+@pytest.mark.gpu
+class TestOneGpu:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_logits(self, name, dtype, tmp_path):
+        check_contract(name, dtype, tmp_path, make_mesh())
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 8, 64), (8, 2, 128), (7, 1, 40), (12, 3, 256)])
+    def test_cudnn_attention(self, heads, kv_heads, width, dtype):
+        """Odd lengths, batches and head counts: cuDNN is as near to float32 as plain JAX in the same type."""
+        keys = jax.random.split(jax.random.key(0), 3)
+        q, k, v = (
+            jax.random.normal(key, (3, 45, n, width), jnp.float32).astype(dtype)
+            for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+        )
+        prefill_pos = jnp.broadcast_to(jnp.arange(45), (3, 45))
+        decode_pos = jnp.array([[0], [17], [44]])
+        for queries, positions, from_zero in ((q, prefill_pos, True), (q[:, :1], decode_pos, False)):
+            exact = grouped_query_attn(*(x.astype(jnp.float32) for x in (queries, k, v)), positions)
+            ours, plain = (
+                jax.jit(functools.partial(attend, backend, from_zero=from_zero))(queries, k, v, positions)
+                for backend in ("cudnn", "reference")
+            )
+            assert distance(ours.astype(jnp.float32), exact) < 1.5 * distance(plain.astype(jnp.float32), exact)
+
+    def test_greedy_text_in_float32_is_that_of_transformers(self, tmp_path):
+        model = reference("heads_of_64")
+        llm = sharded_llama.load(save(model, tmp_path), mesh=make_mesh(), skip_tokenizer=True, progress=False)
+        rng = np.random.default_rng(2)
+        prompts = [[1, *rng.integers(3, 1031, n).tolist()] for n in (1, 30, 7, 64)]
+        for prompt, answer in zip(prompts, llm.generate(prompts, max_tokens=48, ignore_eos=True), strict=True):
+            sequence = torch.tensor([prompt + list(answer.token_ids)])
+            theirs = model(sequence).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+            assert list(answer.token_ids) == theirs
+
+    def test_greedy_text_in_bfloat16_where_the_margin_exceeds_the_noise(self, tmp_path):
+        model = reference("heads_of_64")
+        llm = sharded_llama.load(
+            save(model, tmp_path, "bfloat16"), skip_tokenizer=True, mesh=make_mesh(), progress=False
+        )
+        rounded = make_model("grouped", **SHAPES["heads_of_64"], initializer_range=0.06)
+        rounded.to(torch.bfloat16).float()
+        prompts = [[1, 7, 9], list(range(3, 60))]
+        compared = 0
+        for prompt, answer in zip(prompts, llm.generate(prompts, max_tokens=64, ignore_eos=True), strict=True):
+            sequence = np.array([prompt + list(answer.token_ids)])
+            exact, noisy = (logits(rounded, sequence, d)[0, len(prompt) - 1 : -1] for d in ("float32", "bfloat16"))
+            noise = np.abs(noisy - exact).max(-1)
+            top2 = np.sort(exact, axis=-1)[:, -2:]
+            clear = top2[:, 1] - top2[:, 0] > 2 * 1.25 * noise
+            compared += clear.sum()
+            np.testing.assert_array_equal(np.array(answer.token_ids)[clear], exact.argmax(-1)[clear])
+        assert compared > 20
+
+    def test_bfloat16_cache_is_updated_in_place(self):
+        config = LlamaConfig.from_dict(LLAMA)
+        steps = Steps(config, make_mesh())
+        assert steps.backend == "cudnn"
+        temporaries = []
+        for length in (2048, 16384):
+            expected = sum(
+                x.size * x.dtype.itemsize for x in jax.tree.leaves(KVCache.abstract(config, steps.mesh, 8, length))
+            )
+            memory = steps.decode(8, length, greedy=True).memory_analysis()
+            assert expected <= memory.alias_size_in_bytes <= 1.001 * expected
+            temporaries.append(memory.temp_size_in_bytes)
+            prefill = steps.prefill(8, 512, 8, length, greedy=True).memory_analysis()
+            assert prefill.alias_size_in_bytes >= expected
+        assert temporaries[1] <= temporaries[0] + 2**20
+
+    def test_nothing_compiles_while_decoding_and_long_runs_hold(self):
+        llm = LLM.random(LlamaConfig.from_dict({**LLAMA, "n_layers": 2}), make_mesh())
+        first = llm.generate([[1, 2, 3], [4] * 50], max_tokens=300, ignore_eos=True)
+        n_compiled = llm.steps.n_compiled
+        again = llm.generate([[1, 2, 3], [4] * 50], max_tokens=300, ignore_eos=True)
+        assert [a.token_ids for a in again] == [a.token_ids for a in first]
+        assert llm.steps.n_compiled == n_compiled
+
+
+LLAMA = {
+    "dim": 1024,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "head_dim": 128,
+    "ffn_dim": 2048,
+    "vocab_size": 4096,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.gpu2
+class TestTwoGpus:
+    @pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 1)], ids=str)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("name", ["heads_of_64", "heads_of_16"])
+    def test_logits(self, name, dtype, mesh_shape, tmp_path):
+        check_contract(name, dtype, tmp_path, make_mesh(*mesh_shape))
+
+    def test_greedy_text_equals_one_gpu_in_float32(self, tmp_path):
+        folder = save(reference("heads_of_64"), tmp_path)
+        prompts = [[1, 7, 9], list(range(3, 60)), [5]]
+        texts = [
+            [a.token_ids for a in llm.generate(prompts, max_tokens=64, ignore_eos=True)]
+            for llm in (
+                sharded_llama.load(folder, mesh=make_mesh(*shape), skip_tokenizer=True, progress=False)
+                for shape in ((1, 1), (1, 2), (2, 1))
+            )
+        ]
+        assert texts[0] == texts[1] == texts[2]
+
+    def test_two_all_reduces_per_layer(self):
+        config = LlamaConfig.from_dict(LLAMA)
+        text = Steps(config, make_mesh(1, 2)).decode(8, 1024, greedy=True).as_text()
+        sums = re.findall(r"= (\S+) all-reduce(?:-start)?\(", text)
+        assert len(sums) == 2 * config.n_layers + 1
+        assert not re.search(r"all-to-all|collective-permute|reduce-scatter", text)
