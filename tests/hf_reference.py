@@ -71,8 +71,18 @@ def save(model: LlamaForCausalLM, folder: Path, dtype: str = "float32", **kwargs
 
 
 def in_dtype(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
-    """A copy of the model in `dtype`; the model itself keeps its bits."""
-    return copy.deepcopy(model).to(getattr(torch, dtype))
+    """A copy of the model in `dtype`; the model itself keeps its bits.
+
+    `.to()` would round the inverse frequencies too, which a checkpoint loaded in half precision keeps in float32.
+    """
+    changed = copy.deepcopy(model).to(getattr(torch, dtype))
+    changed.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq
+    return changed
+
+
+def rounded(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
+    """A float32 copy of the model whose weights are those of its checkpoint in `dtype`."""
+    return in_dtype(in_dtype(model, dtype), "float32")
 
 
 @torch.no_grad()

