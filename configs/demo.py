@@ -1,9 +1,12 @@
 """The small model that ships with the package; it runs on a laptop CPU."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from sharded_llama.config import LlamaConfig
 from sharded_llama.run_config import run_config
+from sharded_llama.training.settings import TrainSettings
 
 
 def get_config() -> ConfigDict:
@@ -21,7 +24,10 @@ def get_config() -> ConfigDict:
         max_seq_len=512,
         tie_embeddings=True,
         bos_id=0,
-        eos_ids=(0,),
+        eos_ids=(1,),
         dtype="float32",
     )
-    return run_config(model, checkpoint="demo")
+    config = run_config(model, checkpoint="demo")
+    settings = TrainSettings(length=512, dropout=0.2)
+    config.train = ConfigDict(dataclasses.asdict(settings))
+    return config

@@ -1,0 +1,132 @@
+"""launch/train.py and launch/evaluate.py as a user runs them, on simulated devices."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import CONFIG, TEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sharded_llama.engine.llm import load
+from sharded_llama.mesh import make_mesh
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"]
+OVERRIDES = [f"--config.model.{name}={getattr(CONFIG, name)}" for name in SMALL] + [
+    *("--config.train.steps=4", "--config.train.warmup_steps=1", "--config.train.batch=4", "--config.train.length=16"),
+    *("--config.train.eval_every=2", "--config.train.learning_rate=0.01", "--config.train.export_dtype=float32"),
+]
+
+
+def start(launcher, *flags):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"launch.{launcher}", *map(str, flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "NPROC"},
+    )
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def train_flags(text, output):
+    return ["--config=configs/demo.py", f"--text={text}", f"--output={output}", "--simulate_devices=8", *OVERRIDES]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """The folder of a run, and what it wrote to standard error."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    code, out, err = finish(start("train", *train_flags(text, output), "--mesh=data:2,model:4"))
+    assert (code, out) == (0, ""), err
+    return output, err
+
+
+def test_what_is_said(run):
+    _, err = run
+    assert "tokens to train on" in err
+    assert "step 4: held out" in err
+    assert len(err.splitlines()) < 15  # orbax would write hundreds of its own
+
+
+def test_the_checkpoint_is_one_model_to_transformers_and_to_us(run):
+    folder = run[0] / "checkpoint"
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert theirs.dtype == torch.float32
+    prompt = tokenizer("7 green bottles", return_tensors="pt")["input_ids"]
+    expected = theirs.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=1)
+    llm = load(folder, mesh=make_mesh(2, 2), progress=False)
+    (answer,) = llm.generate("7 green bottles", max_tokens=8, ignore_eos=True)
+    assert list(answer.prompt_token_ids + answer.token_ids) == expected[0].tolist()
+
+
+def test_a_second_run_is_refused(run, text):
+    code, out, err = finish(start("train", *train_flags(text, run[0])))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "holds a finished run" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_evaluate_agrees_with_training(run, text):
+    """On another mesh, one that repeats kv heads."""
+    flags = [f"--checkpoint={run[0] / 'checkpoint'}", f"--text={text}", "--length=16", "--simulate_devices=8"]
+    held_out, whole = (
+        start("evaluate", *flags, "--holdout=0.1", "--mesh=model:8"),
+        start("evaluate", *flags, "--mesh=data:4,model:2", "--batch=2"),
+    )
+    code, out, err = finish(held_out)
+    assert code == 0, err
+    best = json.loads((run[0] / "best.json").read_text())
+    record = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    bits = next(r["heldout_bits_per_byte"] for r in record if r.get("heldout_loss") == best["loss"])
+    loss, perplexity, printed_bits = (float(x) for x in re.findall(r"\d+\.\d+", out))
+    assert loss == pytest.approx(best["loss"], abs=2e-4)
+    assert perplexity == pytest.approx(math.exp(best["loss"]), rel=1e-3)
+    assert printed_bits == pytest.approx(bits, abs=2e-4)
+    assert f"{len(TEXT[round(len(TEXT) * 0.9) :].encode())} bytes, windows of 16 tokens)" in out
+    code, out, err = finish(whole)
+    assert code == 0, err
+    assert f"{len(TEXT.encode())} bytes" in out
+
+
+def test_mistakes(text, tmp_path):
+    """Each gives one line and exit status 1; nothing is written."""
+    train = train_flags(text, tmp_path / "run")
+    cases = {
+        "no model: give --config=FILE": ("train", f"--text={text}"),
+        "give --text=FILE": ("train", "--config=configs/demo.py"),
+        "--checkpoint is not a setting of training": ("train", *train, "--checkpoint=demo"),
+        "Sizes that work: 1, 2, 4;": ("train", *train, "--mesh=model:8"),
+        "dropout=2.0 must be": ("train", *train, "--config.train.dropout=2"),
+        "give --text=FILE, the text to score": ("evaluate", "--checkpoint=demo"),
+    }
+    processes = [start(*arguments) for arguments in cases.values()]
+    for message, process in zip(cases, processes, strict=True):
+        code, out, err = finish(process)
+        assert (code, out) == (1, ""), message
+        assert err.startswith("error: "), err
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
