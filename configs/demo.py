@@ -25,9 +25,19 @@ def get_config() -> ConfigDict:
         tie_embeddings=True,
         bos_id=0,
         eos_ids=(1,),
-        dtype="float32",
+        dtype="bfloat16",
     )
     config = run_config(model, checkpoint="demo")
-    settings = TrainSettings(length=512, dropout=0.2)
+    config.generate.prompts = ("First Citizen:\n",)
+    settings = TrainSettings(
+        steps=900,
+        batch=32,
+        length=512,
+        learning_rate=1e-3,
+        weight_decay=0.3,
+        dropout=0.3,
+        eval_every=50,
+        compute_dtype="bfloat16",
+    )
     config.train = ConfigDict(dataclasses.asdict(settings))
     return config
