@@ -63,7 +63,18 @@ def run(main: Callable[[], None]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    app.run(guarded, argv=argv)
+    app.run(guarded, argv=argv, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl reports a wrong flag itself, but not a wrong override of the config such as --config.mesh.modl=4."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        overrides = ", ".join(arg for arg in argv if arg.lstrip("-").startswith("config")) or "the flags"
+        missing = "the config has no such setting: " if isinstance(error, (AttributeError, KeyError)) else ""
+        print(f"error: {overrides}: {missing}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _find_config(arg: str) -> str:

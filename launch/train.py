@@ -47,10 +47,11 @@ def main() -> None:
     try:
         from sharded_llama.training.loop import train
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in EXTRA:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRA:
             raise
-        raise TrainingError(f"training needs {error.name}: pip install 'sharded-llama[train]'.") from error
-    config = LlamaConfig.from_dict(common.CONFIG.value.model)
+        raise TrainingError(f"training needs {package}: pip install 'sharded-llama[train]'.") from error
+    config = LlamaConfig.from_dict(common.CONFIG.value.get("model") or {})
     settings = TrainSettings.from_dict(common.CONFIG.value.get("train") or {})
     tokenizer = Path(TOKENIZER.value) if TOKENIZER.value else None
     # Without --mesh: one that repeats no kv heads, which training cannot do.

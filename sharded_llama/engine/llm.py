@@ -13,6 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ..attention import choose_backend
 from ..checkpoint import load_weights, open_checkpoint
 from ..config import LlamaConfig
 from ..errors import RequestError, TokenizerError
@@ -258,6 +259,7 @@ def load(
     config = LlamaConfig.from_hf(folder, dtype=dtype)
     mesh = default_mesh(config) if mesh is None else mesh
     check_mesh(config, mesh)
+    choose_backend(config, mesh.devices.flat[0].platform, attention)  # a mistake shows before the weights are read
     tokenizer = None if skip_tokenizer else load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
