@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
@@ -34,8 +35,21 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | 
             f"({devices[0].platform}). Use a smaller mesh, or simulate devices on CPU with "
             f"--simulate_devices={data * model}."
         )
+    if devices[0].platform == "cpu" and data * model > 1 and _pool_threads() < int(SIMULATED_NPROC):
+        logging.warning(
+            "simulated devices with fewer than %s threads may hang in queued steps: make them with "
+            "simulate_cpu_devices, or set NPROC=%s before JAX starts.",
+            SIMULATED_NPROC,
+            SIMULATED_NPROC,
+        )
     grid = np.asarray(devices[: data * model], dtype=object).reshape(data, model)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _pool_threads() -> int:
+    """Threads that JAX's CPU devices share."""
+    nproc = os.environ.get("NPROC", "")
+    return int(nproc) if nproc.isdigit() else os.cpu_count() or 1
 
 
 def default_mesh(config: LlamaConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -105,7 +105,8 @@ class Steps:
             self._abstract("replicated", (), jnp.int32),
             None if greedy else self._abstract_rows(batch),
         )
-        return self._compile(prefill, (batch, length, cache_batch, cache_length, greedy), args)
+        shape = {"batch": batch, "length": length, "cache_batch": cache_batch, "cache_length": cache_length}
+        return self._compile(prefill, args, **shape, greedy=greedy)
 
     def decode(self, batch: int, cache_length: int, *, greedy: bool) -> Any:
         """Executable of `decode`: f(weights, caches, tokens, cur_pos, rows) -> (tokens, cur_pos, caches)."""
@@ -116,7 +117,7 @@ class Steps:
             self._abstract("tokens", (batch,), jnp.int32),
             None if greedy else self._abstract_rows(batch),
         )
-        return self._compile(decode, (batch, cache_length, greedy), args)
+        return self._compile(decode, args, batch=batch, cache_length=cache_length, greedy=greedy)
 
     def put(self, name: str, array: np.ndarray) -> jax.Array:
         """A host array, the same in every process, as a global array laid out as the table says for `name`."""
@@ -139,8 +140,8 @@ class Steps:
             seed_B2=self._abstract("tokens", (batch, 2), jnp.uint32),
         )
 
-    def _compile(self, step: Any, shape: tuple, args: tuple) -> Any:
-        key = (step.__name__, *shape)
+    def _compile(self, step: Any, args: tuple, **shape: int) -> Any:
+        key = (step, *shape.items())
         if key not in self._compiled:
             start = time.perf_counter()
             run = functools.partial(step, config=self.config, mesh=self.mesh, backend=self.backend)
@@ -148,7 +149,8 @@ class Steps:
             # the caches (argument 1) are donated, so that they are updated in place.
             jitted = jax.jit(run, donate_argnums=1, out_shardings=self._out_shardings(step))
             self._compiled[key] = jitted.lower(*args).compile()
-            logging.info("compiled %s in %.1f s", key, time.perf_counter() - start)
+            described = ", ".join(f"{name}={value}" for name, value in shape.items())
+            logging.info("compiled %s (%s): %.1f s", step.__name__, described, time.perf_counter() - start)
         return self._compiled[key]
 
     def _out_shardings(self, step: Any) -> Any:
