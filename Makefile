@@ -7,7 +7,7 @@
 #   make wheel     builds dist/*.whl
 #   make clean     removes the environments and everything built
 #
-# Settings: PYTHON, VENV, VENV_TPU, PROMPT, ARGS (further flags of the demo, arguments of pytest).
+# Settings: PYTHON, VENV, VENV_TPU, ARGS (further flags of the demo, arguments of pytest).
 
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
@@ -15,23 +15,17 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-define PROMPT
-First Citizen:
-
-endef
-export PROMPT
-
 .PHONY: demo test test-tpu lint wheel clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m launch.generate --config=configs/demo.py --simulate_devices=8 --mesh=data:2,model:4 \
-		--prompt="$$PROMPT" $(ARGS)
+		--temperature=0.8 --top_p=0.95 --seed=1 $(ARGS)
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-tpu: $(VENV_TPU)/installed-test-tpu
-	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest -m tpu_compiler $(ARGS)
+	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest -m tpu_compiler tests/tpu $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .

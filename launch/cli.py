@@ -28,12 +28,11 @@ def overview(docs: dict[str, str]) -> str:
 
 
 def launcher_help(name: str, doc: str) -> str:
-    """The launcher's docstring and its flags, then the flags that all launchers share."""
+    """The launcher's docstring and its flags."""
     from absl import flags  # with the launcher, this takes seconds
 
-    modules = [importlib.import_module(f".{module}", __package__) for module in (name, "common")]
-    sections = [flags.FLAGS.module_help(module).strip("\n") for module in modules]
-    return "\n\n".join([doc.replace("python -m launch.", COMMAND), *sections])
+    module = importlib.import_module(f".{name}", __package__)
+    return "\n\n".join([doc.replace("python -m launch.", COMMAND), flags.FLAGS.module_help(module).strip("\n")])
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from sharded_llama.training.evaluation import score_text
 
 from . import common
 
+flags.adopt_module_key_flags(common)
+
 TEXT = flags.DEFINE_string("text", None, "UTF-8 text file.")
 HOLDOUT = flags.DEFINE_float("holdout", 1.0, "Score only this last fraction of the text.", 0.0, 1.0)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a window. Default: the model's context, at most 2048.", 1)

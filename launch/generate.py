@@ -20,6 +20,8 @@ from sharded_llama.sampling import SamplingParams
 
 from . import common
 
+flags.adopt_module_key_flags(common)
+
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; repeatable. An empty one starts from BOS alone.")
 PROMPT_FILE = flags.DEFINE_string(
     "prompt_file",

@@ -18,6 +18,8 @@ from sharded_llama.training.settings import TrainSettings
 
 from . import common
 
+flags.adopt_module_key_flags(common)
+
 TEXT = flags.DEFINE_string("text", None, "UTF-8 text file to train on; the end of it is held out.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the run: a new one, or that of a run to resume.")
 TOKENIZER = flags.DEFINE_string(

@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 
 from sharded_llama import __version__
-from sharded_llama.engine.llm import DEMO_CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("LICENSE", "pyproject.toml", "setup.py", "benchmarks", "configs", "launch", "sharded_llama", "tests")
 NOT_BUILT = ("__pycache__", "build", "*.egg-info")
-
-needs_demo_checkpoint = pytest.mark.skipif(not DEMO_CHECKPOINT.exists(), reason="there is no demo checkpoint")
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -102,7 +99,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(source, wheel):
     assert license_text == (ROOT / "LICENSE").read_bytes()
 
 
-@needs_demo_checkpoint
 def test_the_installed_wheel_generates(wheel, tmp_path):
     bin_folder = make_venv(tmp_path / "venv")
     pip_install(bin_folder, wheel, into=bin_folder.parent)
