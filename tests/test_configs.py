@@ -67,7 +67,8 @@ def test_settings(name):
     assert config.mesh.to_dict() == {"data": None, "model": None}
     assert config.checkpoint == ("demo" if name == "demo" else None)
     sampling = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed"))
-    assert config.generate.to_dict() == {"max_new_tokens": 128} | sampling
+    prompts = {"prompts": ("First Citizen:\n",)} if name == "demo" else {}
+    assert config.generate.to_dict() == {"max_new_tokens": 128} | sampling | prompts
 
 
 def test_overrides():

@@ -27,9 +27,10 @@ PADDED = CONFIG.replace(vocab_size=263, ffn_dim=23)  # on model:4
 
 @functools.cache
 def trained_from_scratch():
+    """The initial state (donated, but its layout is there to see), the state after 40 steps, and their losses."""
     settings = dataclasses.replace(SETTINGS, steps=40, dropout=0.0)
-    state = init_train_state(PADDED, settings, make_mesh(2, 4))
-    return run_steps(state, range(1, 41), (2, 4), PADDED, settings)
+    initial = init_train_state(PADDED, settings, make_mesh(2, 4))
+    return initial, *run_steps(initial, range(1, 41), (2, 4), PADDED, settings)
 
 
 @functools.cache
@@ -38,13 +39,13 @@ def trained(mesh_shape, settings=SETTINGS):
 
 
 def test_the_loss_falls():
-    _, losses = trained_from_scratch()
+    *_, losses = trained_from_scratch()
     assert losses[0] == pytest.approx(np.log(263), rel=0.02)
     assert losses[-1] < losses[0] - 1.5
 
 
 def test_padding_stays_zero():
-    state, _ = trained_from_scratch()
+    _, state, _ = trained_from_scratch()
     moments = state.opt_state[1][0]
     for weights in (state.weights, moments.mu, moments.nu):
         layer = weights.layers[0]
@@ -56,19 +57,17 @@ def test_padding_stays_zero():
 
 
 def test_state_is_laid_out_like_the_weights():
-    mesh = make_mesh(2, 4)
-    state = init_train_state(CONFIG, SETTINGS, mesh)
-    abstract = abstract_train_state(CONFIG, SETTINGS, mesh)
-    assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), (state, abstract))
-    assert jax.tree.leaves(described[0]) == jax.tree.leaves(described[1])
-    moments = state.opt_state[1][0]
-    for tree in (moments.mu, moments.nu):
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(state.weights), strict=True)
-        assert all((m.shape, m.dtype, m.sharding) == (w.shape, w.dtype, w.sharding) for m, w in pairs)
-    after, _ = trained((2, 4))
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), after, state))
-    assert int(after.step) == SETTINGS.steps
+    def layout(tree):
+        return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
+
+    initial, trained, _ = trained_from_scratch()
+    abstract = abstract_train_state(PADDED, SETTINGS, make_mesh(2, 4))
+    for state in (initial, trained):
+        assert jax.tree.structure(state) == jax.tree.structure(abstract)
+        assert layout(state) == layout(abstract)
+        moments = state.opt_state[1][0]
+        assert layout(moments.mu) == layout(moments.nu) == layout(state.weights)
+    assert int(trained.step) == 40
 
 
 def test_every_mesh_trains_the_same_model():
@@ -87,11 +86,15 @@ def test_bfloat16_compute_keeps_float32_weights():
     np.testing.assert_allclose(losses, expected, rtol=5e-3)
 
 
+def first_update(settings, grads, weights):
+    optimizer = make_optimizer(settings)
+    return jax.jit(lambda g, w: optimizer.update(g, optimizer.init(w), w))(grads, weights)
+
+
 def test_only_matrices_decay():
     weights = {"matrix": jnp.ones((2, 3)), "fused": jnp.ones((2, 2, 2, 2)), "norm": jnp.ones((3,))}
-    optimizer = make_optimizer(dataclasses.replace(SETTINGS, weight_decay=0.5))
     nothing = jax.tree.map(jnp.zeros_like, weights)
-    updates, _ = optimizer.update(nothing, optimizer.init(weights), weights)
+    updates, _ = first_update(dataclasses.replace(SETTINGS, weight_decay=0.5), nothing, weights)
     assert not updates["norm"].any()
     expected = -0.5 * SETTINGS.learning_rate / 3  # the first of two warm-up steps
     for name in ("matrix", "fused"):
@@ -102,8 +105,7 @@ def test_gradients_are_clipped_together():
     weights = {"a": jnp.ones((2, 2)), "b": jnp.ones((2,))}
     settings = dataclasses.replace(SETTINGS, grad_clip=1.0)
     grads = {"a": jnp.full((2, 2), 30.0), "b": jnp.full((2,), 40.0)}
-    optimizer = make_optimizer(settings)
-    _, state = optimizer.update(grads, optimizer.init(weights), weights)
+    _, state = first_update(settings, grads, weights)
     norm = (4 * 30**2 + 2 * 40**2) ** 0.5
     np.testing.assert_allclose(state[1][0].mu["b"], (1 - settings.beta1) * 40 / norm, rtol=1e-5)
 
