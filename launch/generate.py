@@ -61,7 +61,7 @@ def _read_prompt_file(name: str) -> list[str]:
     if not name.endswith(".jsonl"):
         return [text.removesuffix("\n")]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 prompts.append(json.loads(line)["prompt"])
@@ -130,6 +130,17 @@ def summary(llm: LLM, stream: Stream) -> str:
     )
 
 
+def check_output(name: str) -> None:
+    """Raises RequestError when the answers could not be written, before they are made."""
+    path = Path(name)
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"--output={name}: its folder does not exist.")
+    if path.is_dir():
+        raise RequestError(f"--output={name} is a folder; name a file.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise RequestError(f"--output={name}: its folder cannot be written to.")
+
+
 def write_output(path: Path, records: list[dict[str, object]]) -> None:
     """Writes JSON lines under a temporary name first, so that the file is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
@@ -137,11 +148,16 @@ def write_output(path: Path, records: list[dict[str, object]]) -> None:
     os.replace(temporary, path)
 
 
+def read_input() -> list[str]:
+    """The prompts, after a check of where the answers go."""
+    if OUTPUT.value:
+        check_output(OUTPUT.value)
+    return read_prompts()
+
+
 def main() -> None:
-    if OUTPUT.value and not Path(OUTPUT.value).absolute().parent.is_dir():
-        raise RequestError(f"--output={OUTPUT.value}: its folder does not exist.")
-    # Every process has to run the same prompts; only process 0 needs to have them.
-    prompts = broadcast_from_main(read_prompts)
+    # Every process has to run the same prompts; only process 0 needs to have them, and it alone writes.
+    prompts = broadcast_from_main(read_input)
     settings = sampling_settings()
     SamplingParams.make({}, **settings)  # a mistake shows before the model is loaded
     llm = common.load_model()

@@ -111,6 +111,7 @@ class TestMistakes:
             (["--checkpoint=demo", "--prompt=" + "to be " * 600], "the model's context of 512"),
             (["--checkpoint=demo", "--prompt_file=/nowhere"], "--prompt_file=/nowhere"),
             (["--checkpoint=demo", "--prompt=x", "--output=/nowhere/x"], "its folder does not exist"),
+            (["--checkpoint=demo", "--prompt=x", "--output=/"], "--output=/ is a folder"),
             (["--checkpoint=demo", "--prompt=x", "--attention=cudnn"], "cuDNN attention needs an NVIDIA GPU"),
             (["--config=configs/nothing.py", "--prompt=x"], "Configs that come with the package: configs/demo.py"),
             (["--config=configs/demo.py", "--config.mesh.modl=4", "--prompt=x"], 'Did you mean "model"'),

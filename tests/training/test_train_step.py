@@ -115,10 +115,10 @@ def test_learning_rate(warmup):
     """A first step above zero, the peak after the warm-up, a tenth at the end."""
     settings = TrainSettings(steps=50, warmup_steps=warmup, learning_rate=0.5, weight_decay=0.0)
     optimizer, weight = make_optimizer(settings), jnp.zeros(())
-    state, rates = optimizer.init(weight), []
+    update, state, rates = jax.jit(optimizer.update), optimizer.init(weight), []
     for _ in range(51):  # Adam's update by a constant gradient is the learning rate itself
-        update, state = optimizer.update(jnp.ones(()), state, weight)
-        rates.append(-float(update))
+        change, state = update(jnp.ones(()), state, weight)
+        rates.append(-float(change))
     assert rates[warmup] == pytest.approx(0.5, rel=1e-4)
     assert rates[-1] == pytest.approx(0.05, rel=1e-4)
     assert rates[0] == pytest.approx(0.5 / (warmup + 1), rel=1e-4)
