@@ -10,17 +10,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, workload: dict[str, Any], results: list[dict[str, Any]], folder: str | None = None) -> Path:
-    """Writes `results` to benchmarks/results/NAME.json (or to `folder`) and returns the path."""
-    devices = jax.devices()
+def save(
+    name: str, mesh: Mesh, workload: dict[str, Any], results: list[dict[str, Any]], folder: str | None = None
+) -> Path:
+    """Writes `results` of a run on `mesh` to benchmarks/results/NAME.json (or to `folder`) and returns the path."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--out=")]
     record = {
-        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
-        "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
+        "command": "python -m " + " ".join([_module_name(), *arguments]),
         "commit": os.environ.get("BENCHMARK_COMMIT") or _commit(),
         "workload": workload,
         "results": results,

@@ -178,7 +178,7 @@ def main(_: list[str]) -> None:
         "backend": steps.backend,
         "copy_bytes_per_s": bandwidth,
     }
-    print(record.save(NAME.value, workload, results, OUT.value))
+    print(record.save(NAME.value, mesh, workload, results, OUT.value))
 
 
 if __name__ == "__main__":

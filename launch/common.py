@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from sharded_llama.checkpoint import open_checkpoint
 from sharded_llama.config import DTYPES, LlamaConfig, check_matches
 from sharded_llama.engine.llm import LLM, checkpoint_folder, load
 from sharded_llama.errors import ConfigError, MeshError, ShardedLlamaError
@@ -59,7 +60,7 @@ def run(main: Callable[[], None]) -> None:
     logging.get_absl_handler().setFormatter(stdlib_logging.Formatter("%(message)s"))
     stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)  # it tells of every platform that is not there
     try:
-        argv = [sys.argv[0], *map(_find_config, sys.argv[1:])]
+        argv = [sys.argv[0], *map(_find_config, _joined(sys.argv[1:]))]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -75,6 +76,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
         missing = "the config has no such setting: " if isinstance(error, (AttributeError, KeyError)) else ""
         print(f"error: {overrides}: {missing}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _joined(args: list[str]) -> list[str]:
+    """The arguments with `--config FILE` written as `--config=FILE`."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and joined[-1] in ("--config", "-config"):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 def _find_config(arg: str) -> str:
@@ -136,7 +148,8 @@ def choose_mesh(config: LlamaConfig) -> Mesh:
 def load_model() -> LLM:
     """The model of the flags, in its mesh. A config that disagrees with the checkpoint is an error."""
     folder = checkpoint_folder(checkpoint_name())
-    config = LlamaConfig.from_hf(folder, dtype=DTYPE.value)
+    open_checkpoint(folder)  # says best what is wrong with a folder
+    config = LlamaConfig.from_hf(folder)
     if CONFIG.value is not None and "model" in CONFIG.value:
         check_matches(LlamaConfig.from_dict(CONFIG.value.model), config)
     return load(folder, mesh=choose_mesh(config), dtype=DTYPE.value, attention=ATTENTION.value)

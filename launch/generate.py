@@ -77,9 +77,11 @@ def _read_prompt_file(name: str) -> list[str]:
 def sampling_settings() -> dict[str, object]:
     """Sampling parameters that flags or config give; what is left out has the checkpoint's default."""
     given = {
-        "max_tokens": common.setting("generate", "max_new_tokens", MAX_NEW_TOKENS.value) or DEFAULT_MAX_NEW_TOKENS,
+        "max_tokens": common.setting("generate", "max_new_tokens", MAX_NEW_TOKENS.value),
         "ignore_eos": IGNORE_EOS.value,
     }
+    if given["max_tokens"] is None:
+        given["max_tokens"] = DEFAULT_MAX_NEW_TOKENS
     for flag in (TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED):
         given[flag.name] = common.setting("generate", flag.name, flag.value)
     return given

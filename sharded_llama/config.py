@@ -144,9 +144,8 @@ class LlamaConfig:
 def check_matches(config: LlamaConfig, checkpoint_config: LlamaConfig) -> None:
     """Raises ConfigError, listing both values of each field, when `config` describes another model.
 
-    The checkpoint's own config defines the model. All fields must be equal but the dtype and max_seq_len, which are
-    choices of a run, and eos_ids, of which one may be a part of the other: base and Instruct checkpoints of one
-    model differ so, and the checkpoint's are the ones to use.
+    The checkpoint's own config defines the model. All fields must be equal but eos_ids, of which one may be a part
+    of the other: base and Instruct checkpoints of one model differ so, and the checkpoint's are the ones to use.
     """
     differences = []
     for field in dataclasses.fields(LlamaConfig):
@@ -156,13 +155,11 @@ def check_matches(config: LlamaConfig, checkpoint_config: LlamaConfig) -> None:
     if differences:
         raise ConfigError(
             f"the config is not that of the checkpoint. {'; '.join(differences)}. "
-            "Use the config file of the checkpoint's model."
+            "Use the config file of the checkpoint's model; --dtype chooses another type to run in."
         )
 
 
 def _agree(field: str, ours: Any, theirs: Any) -> bool:
-    if field in ("dtype", "max_seq_len"):
-        return True
     if field == "eos_ids":
         return set(ours) <= set(theirs) or set(theirs) <= set(ours)
     return ours == theirs

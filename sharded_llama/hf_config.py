@@ -75,6 +75,7 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
     if raw.get("do_sample") is not True:
         return {"do_sample": False}
     with _naming(file):
+        _positive(raw, "top_p", 1.0)  # 0 would keep no token
         top_k = _get(raw, "top_k", 50)
         if top_k != 0:
             check_count("top_k", top_k)

@@ -1,5 +1,6 @@
 """The key/value cache of one layer, sharded over the batch and the kv heads, updated in place when donated."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -31,9 +32,7 @@ class KVCache(NamedTuple):
     @classmethod
     def new(cls, config: LlamaConfig, mesh: Mesh, batch: int, length: int) -> tuple["KVCache", ...]:
         """One empty cache per layer, each made directly in its shards."""
-        shapes = cls.abstract(config, mesh, batch, length)
-        shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)()
+        return _zeros(config, mesh, batch, length)
 
     def update(
         self,
@@ -51,6 +50,15 @@ class KVCache(NamedTuple):
         return KVCache(
             _write(self.k_BSGK, k_BLGK, cur_pos_B, first_row), _write(self.v_BSGK, v_BLGK, cur_pos_B, first_row)
         )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zeros(config: LlamaConfig, mesh: Mesh, batch: int, length: int) -> tuple[KVCache, ...]:
+    """Jitted, so that no device ever holds more than its shards; compiled once for each size."""
+    return jax.tree.map(
+        lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding),
+        KVCache.abstract(config, mesh, batch, length),
+    )
 
 
 def _write(

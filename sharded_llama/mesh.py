@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from .config import LlamaConfig
-from .errors import MeshError, RequestError, ShardedLlamaError
+from .errors import MeshError, RequestError
 from .sharding import DATA, MODEL, check_model_size, model_sizes
 
 # Simulated CPU devices share one thread pool that is sized from the core count. With too few threads, queued
@@ -34,6 +34,12 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | 
             f"mesh data:{data},model:{model} needs {data * model} devices, but there are {len(devices)} "
             f"({devices[0].platform}). Use a smaller mesh, or simulate devices on CPU with "
             f"--simulate_devices={data * model}."
+        )
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[: data * model]}
+    if idle:
+        raise MeshError(
+            f"mesh data:{data},model:{model} uses {data * model} of {len(devices)} devices and leaves process "
+            f"{min(idle)} without one: use all devices, or start fewer processes."
         )
     if devices[0].platform == "cpu" and data * model > 1 and _pool_threads() < int(SIMULATED_NPROC):
         logging.warning(
@@ -95,7 +101,7 @@ def start_distributed(coordinator_address: str | None, num_processes: int | None
     if not any(given):
         return
     if coordinator_address == "auto":
-        jax.distributed.initialize()
+        _initialize()
         return
     if not all(given):
         raise MeshError(
@@ -106,22 +112,33 @@ def start_distributed(coordinator_address: str | None, num_processes: int | None
         raise MeshError(
             f"--process_id={process_id} must lie in 0..{num_processes - 1} for --num_processes={num_processes}."
         )
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    _initialize(coordinator_address, num_processes, process_id)
+
+
+def _initialize(*address: Any) -> None:
+    try:
+        jax.distributed.initialize(*address)
+    except (ValueError, RuntimeError) as error:
+        where = "detect a cluster" if not address else f"join the run at {address[0]!r} (HOST:PORT)"
+        raise MeshError(f"JAX could not {where}: {error}") from error
 
 
 def broadcast_from_main(make: Callable[[], Any]) -> Any:
     """The JSON value that `make` gives in process 0, in every process; its error is raised in every process too."""
     if jax.process_count() == 1:
         return make()
-    payload = b""
+    payload, failure = b"", None
     if jax.process_index() == 0:
         try:
             payload = json.dumps({"value": make()}).encode()
-        except ShardedLlamaError as error:
+        except Exception as error:  # whatever it is, the others must not wait for a value
+            failure = error
             payload = json.dumps({"error": str(error)}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(payload))))
     buffer = np.frombuffer(payload.ljust(size), np.uint8)
     answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+    if failure is not None:
+        raise failure
     if "error" in answer:
         raise RequestError(answer["error"])
     return answer["value"]

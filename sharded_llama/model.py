@@ -61,7 +61,7 @@ def xfmr(
     check_mesh(config, mesh)
     if kv_cache is None and cur_pos_B is not None:
         raise ValueError("cur_pos_B needs a kv_cache: without one every row starts at position 0")
-    backend = choose_backend(config, mesh.devices.flat[0].platform, backend)
+    backend = choose_backend(config, mesh.devices.flat[0], backend)
     optional = {
         "cur_pos_B": (cur_pos_B, SPECS["tokens"]),
         "kv_cache": (kv_cache, SPECS["kv_cache"]),

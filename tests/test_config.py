@@ -609,7 +609,8 @@ def test_check_matches_names_the_field_and_both_values(changes):
 
 def test_check_matches():
     check_matches(SMALL, SMALL)
-    check_matches(SMALL.replace(dtype="float32", max_seq_len=100), SMALL)
+    with pytest.raises(ConfigError, match=r"max_seq_len: .*; dtype: .*--dtype chooses another"):
+        check_matches(SMALL.replace(dtype="float16", max_seq_len=100), SMALL)
     # A base and an Instruct checkpoint of one model.
     instruct = SMALL.replace(eos_ids=(2, 3, 4))
     check_matches(SMALL, instruct)

@@ -105,3 +105,11 @@ def test_sampled_text_and_a_mistake_in_every_process(folder, tmp_path):
     for _, _, stderr in results:
         assert "error: --prompt_file=/does/not/exist" in stderr
         assert "Traceback" not in stderr
+
+
+def test_a_mesh_that_leaves_a_process_without_a_device(folder, tmp_path):
+    results = run(2, 4, "data:1,model:4", folder, tmp_path / "out.jsonl")
+    assert [r[0] for r in results] == [1, 1]
+    for _, _, stderr in results:
+        assert "uses 4 of 8 devices and leaves process 1 without one" in stderr
+        assert "Traceback" not in stderr

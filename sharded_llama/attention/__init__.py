@@ -12,20 +12,22 @@ BACKENDS = ("cudnn", "blockwise", "reference")
 __all__ = ["BACKENDS", "attend", "blockwise_attn", "choose_backend", "grouped_query_attn"]
 
 
-def choose_backend(config: LlamaConfig, platform: str, requested: str | None = None) -> str:
-    """The attention backend of a model on `platform` ('cpu', 'gpu', 'tpu'), once and for all its steps.
+def choose_backend(config: LlamaConfig, device: jax.Device, requested: str | None = None) -> str:
+    """The attention backend of a model on devices like `device`, once and for all its steps.
 
     Raises ConfigError when `requested` is unknown or cannot run this model.
     """
-    fits_cudnn = platform in ("gpu", "cuda") and cudnn.supports(config.jnp_dtype, config.head_dim)
+    capability = getattr(device, "compute_capability", "9.0")
+    fits_cudnn = device.platform == "gpu" and cudnn.supports(config.jnp_dtype, config.head_dim, capability)
     if requested is None:
         return "cudnn" if fits_cudnn else "blockwise"
     if requested not in BACKENDS:
         raise ConfigError(f"attention backend {requested!r} is not one of {', '.join(BACKENDS)}.")
     if requested == "cudnn" and not fits_cudnn:
         raise ConfigError(
-            f"cuDNN attention needs an NVIDIA GPU, float16 or bfloat16 and a head width that is a multiple of 8 up to "
-            f"{cudnn.MAX_HEAD_DIM}; here: {platform}, {config.dtype}, {config.head_dim}."
+            f"cuDNN attention needs an NVIDIA GPU (Ampere or later), float16 or bfloat16 and a head width that is a "
+            f"multiple of 8 up to {cudnn.MAX_HEAD_DIM} (128 before Hopper); here: {device.device_kind}, "
+            f"{config.dtype}, {config.head_dim}."
         )
     return requested
 

@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-MAX_HEAD_DIM = 256  # on Hopper; a head width must also be a multiple of 8
+MAX_HEAD_DIM = 256  # on Hopper, 128 before; a head width must also be a multiple of 8
 
 
-def supports(dtype: jnp.dtype, head_dim: int) -> bool:
-    """Whether cuDNN has a kernel for this type and head width."""
-    return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+def supports(dtype: jnp.dtype, head_dim: int, capability: str = "9.0") -> bool:
+    """Whether cuDNN has a kernel for this type and head width on a GPU of this compute capability (Ampere is 8.0)."""
+    try:
+        generation = float(capability)
+    except ValueError:  # AMD's are names such as gfx942
+        return False
+    widest = MAX_HEAD_DIM if generation >= 9 else 128
+    half = jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16)
+    return half and generation >= 8 and head_dim % 8 == 0 and head_dim <= widest
 
 
 def prefill_attn(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array:

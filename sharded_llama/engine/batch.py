@@ -75,6 +75,7 @@ def plan_batch(prompt_lengths: Sequence[int], max_new: Sequence[int], data: int)
 
 def compile_batch(steps: Steps, plan: BatchPlan, *, greedy: bool) -> None:
     """Compiles what `run_batch` will call."""
+    KVCache.new(steps.config, steps.mesh, plan.batch, plan.cache_length)  # compiled on its first call
     data = steps.mesh.shape[DATA]
     for length in set(plan.group_lengths):
         steps.prefill(data * plan.group_rows, length, plan.batch, plan.cache_length, greedy=greedy)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ..attention import choose_backend
 from ..checkpoint import load_weights, open_checkpoint
 from ..config import LlamaConfig
-from ..errors import RequestError, TokenizerError
+from ..errors import ConfigError, RequestError, TokenizerError
 from ..hf_config import read_generation_config
 from ..mesh import check_mesh, default_mesh
 from ..model import xfmr
@@ -107,6 +107,7 @@ class LLM:
         attention: str | None = None,
     ):
         """`sampling_defaults` are SamplingParams fields used where a request says nothing; default: greedy."""
+        _check_dtype(config)
         self.config = config
         self.mesh = mesh
         self.weights = weights
@@ -181,8 +182,8 @@ class LLM:
             bad = [i for i in ids if not 0 <= i < self.config.vocab_size]
             if bad:
                 raise RequestError(f"token id {bad[0]} is outside the vocabulary of {self.config.vocab_size} tokens.")
-            if not ids:
-                raise RequestError("the prompt has no token ids; give at least one, such as BOS.")
+        if not ids:
+            raise RequestError(f"the prompt {prompt!r} has no tokens; it needs at least one, such as BOS.")
         if len(ids) >= self.config.max_seq_len:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, but the model's context of {self.config.max_seq_len} must hold the "
@@ -259,7 +260,8 @@ def load(
     config = LlamaConfig.from_hf(folder, dtype=dtype)
     mesh = default_mesh(config) if mesh is None else mesh
     check_mesh(config, mesh)
-    choose_backend(config, mesh.devices.flat[0].platform, attention)  # a mistake shows before the weights are read
+    _check_dtype(config)
+    choose_backend(config, mesh.devices.flat[0], attention)  # a mistake shows before the weights are read
     tokenizer = None if skip_tokenizer else load_tokenizer(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
@@ -276,6 +278,11 @@ def load(
     llm = LLM(config, mesh, weights, tokenizer, sampling_defaults=defaults, attention=attention)
     logging.info("mesh data:%d,model:%d, %s, attention: %s", *mesh.shape.values(), config.dtype, llm.steps.backend)
     return llm
+
+
+def _check_dtype(config: LlamaConfig) -> None:
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("float64 needs jax.config.update('jax_enable_x64', True) before the model is loaded.")
 
 
 def checkpoint_folder(name: str | Path) -> Path:

@@ -87,7 +87,7 @@ class Steps:
     def __init__(self, config: LlamaConfig, mesh: Mesh, backend: str | None = None):
         self.config = config
         self.mesh = mesh
-        self.backend = choose_backend(config, mesh.devices.flat[0].platform, backend)
+        self.backend = choose_backend(config, mesh.devices.flat[0], backend)
         self._compiled: dict[tuple, Any] = {}
 
     @property

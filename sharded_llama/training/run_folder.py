@@ -80,7 +80,10 @@ class RunFolder:
             self._check_same(file, json.loads(json.dumps(identity)))
             return
         # Nothing was saved yet: the run starts from the beginning.
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be made: {error.strerror or error}.") from error
         for leftover in (self.tokenizer, *self.path.glob("best*"), self.log):
             _remove(leftover)
         _write_json(record, identity)

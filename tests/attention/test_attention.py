@@ -1,5 +1,7 @@
 """Attention in plain JAX: the reference against torch, the blockwise form against the reference."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,20 +90,32 @@ class TestChoice:
         dtype="bfloat16",
     )
 
+    @staticmethod
+    def device(platform, **attributes):
+        return SimpleNamespace(platform=platform, device_kind=platform, **attributes)
+
     def test_default(self):
-        assert choose_backend(self.config, "cpu") == "blockwise"
-        assert choose_backend(self.config, "tpu") == "blockwise"
-        assert choose_backend(self.config, "gpu") == "cudnn"
+        assert choose_backend(self.config, jax.devices()[0]) == "blockwise"
+        assert choose_backend(self.config, self.device("tpu")) == "blockwise"
+        assert choose_backend(self.config, self.device("gpu", compute_capability="9.0")) == "cudnn"
+        assert choose_backend(self.config, self.device("gpu", compute_capability="8.0")) == "cudnn"
 
     @pytest.mark.parametrize("change", [{"dtype": "float32"}, {"head_dim": 12}, {"head_dim": 264}])
     def test_cudnn_is_not_chosen_for_what_it_cannot_do(self, change):
-        assert choose_backend(self.config.replace(**change), "gpu") == "blockwise"
+        assert (
+            choose_backend(self.config.replace(**change), self.device("gpu", compute_capability="9.0")) == "blockwise"
+        )
+
+    @pytest.mark.parametrize(("capability", "head_dim"), [("7.5", 64), ("8.9", 256), ("gfx942", 64)])
+    def test_cudnn_is_not_chosen_on_gpus_that_lack_the_kernel(self, capability, head_dim):
+        gpu = self.device("gpu", compute_capability=capability)
+        assert choose_backend(self.config.replace(head_dim=head_dim), gpu) == "blockwise"
 
     def test_a_request_that_cannot_run_is_refused(self):
         with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
-            choose_backend(self.config, "cpu", "cudnn")
+            choose_backend(self.config, jax.devices()[0], "cudnn")
         with pytest.raises(ConfigError, match="is not one of"):
-            choose_backend(self.config, "cpu", "flash")
+            choose_backend(self.config, jax.devices()[0], "flash")
 
     def test_reference_and_blockwise_agree(self):
         args = inputs(2, 5, 40, 4, 2, 8)

@@ -217,7 +217,7 @@ class TestMistakes:
         [
             ([[5, 300]], "token id 300 is outside the vocabulary of 300"),
             ([[5, -1]], "token id -1"),
-            ([[]], "no token ids"),
+            ([[]], "has no tokens"),
             ([], "there is no prompt"),
             ([[5] * 64], "64 tokens.*shorten it to 63"),
         ],
