@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "sharded_llama/__init__.py").read_text(), re.MULTILINE)[1]
 
-TRAIN = ["matplotlib>=3.8", "optax>=0.2.5", "orbax-checkpoint>=0.11.20"]
+TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", "orbax-checkpoint>=0.11.20"]
 LINT = ["ruff==0.17.6"]  # exact: another version formats differently
 
 setup(
