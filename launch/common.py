@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from sharded_llama.attention import BACKENDS
 from sharded_llama.checkpoint import open_checkpoint
 from sharded_llama.config import DTYPES, LlamaConfig, check_matches
 from sharded_llama.engine.llm import LLM, checkpoint_folder, load
@@ -24,9 +25,7 @@ MESH = flags.DEFINE_string(
     "mesh", None, "Mesh sizes such as data:2,model:4 (short for config.mesh). Default: every device."
 )
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Type of weights, activations and cache. Default: the checkpoint's.")
-ATTENTION = flags.DEFINE_enum(
-    "attention", None, ("cudnn", "blockwise", "reference"), "Attention backend. Default: the fastest that can run."
-)
+ATTENTION = flags.DEFINE_enum("attention", None, BACKENDS, "Attention backend. Default: the fastest that can run.")
 SIMULATE_DEVICES = flags.DEFINE_integer("simulate_devices", None, "Run on this many simulated CPU devices.", 1, 256)
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
@@ -97,7 +96,7 @@ def _find_config(arg: str) -> str:
     packaged = CONFIGS / Path(path).name
     if Path(path).parent.name in ("", "configs") and packaged.exists():
         return f"{flag}={packaged}"
-    names = ", ".join(f"configs/{p.name}" for p in sorted(CONFIGS.glob("*.py")) if p.stem not in ("__init__", "common"))
+    names = ", ".join(f"configs/{p.name}" for p in sorted(CONFIGS.glob("*.py")) if p.stem != "__init__")
     raise ConfigError(f"--config={path}: there is no such file. Configs that come with the package: {names}.")
 
 

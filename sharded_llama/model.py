@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
 
 from .attention import attend, choose_backend
 from .config import LlamaConfig
@@ -66,17 +66,17 @@ def xfmr(
         "cur_pos_B": (cur_pos_B, SPECS["tokens"]),
         "kv_cache": (kv_cache, SPECS["kv_cache"]),
         "logits_at_B": (logits_at_B, SPECS["tokens"]),
-        "dropout_key": (None if dropout is None else dropout.key, P()),
+        "dropout_key": (None if dropout is None else dropout.key, SPECS["replicated"]),
     }
     given = {name: array for name, (array, _) in optional.items() if array is not None}
     # Only arrays pass through shard_map; what is absent stays absent.
     in_specs = (
         _weight_pspecs(weights),
         SPECS["tokens"],
-        P(),
+        SPECS["replicated"],
         {name: spec for name, (_, spec) in optional.items() if name in given},
     )
-    logits_spec = SPECS["logits"] if logits_at_B is None else P(DATA, MODEL)
+    logits_spec = SPECS["logits"] if logits_at_B is None else SPECS["last_logits"]
     out_specs = (logits_spec, None if kv_cache is None else SPECS["kv_cache"])
     run = functools.partial(_forward, config=config, backend=backend, dropout_rate=dropout.rate if dropout else 0.0)
     # cuDNN's custom call does not say over which axes its result varies, so the check has to be off there.

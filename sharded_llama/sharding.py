@@ -26,6 +26,7 @@ SPECS: dict[str, P] = {
     "tokens": P(DATA),  # (B, ...) tokens, positions, lengths, per-row sampling parameters
     "hidden": P(DATA, None, None),  # (B, L, D)
     "logits": P(DATA, None, MODEL),  # (B, L, V)
+    "last_logits": P(DATA, MODEL),  # (B, V)
     "replicated": P(),  # sampled tokens leaving a step, so that every process can read them
 }
 

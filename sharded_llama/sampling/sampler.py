@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
 
 from ..sharding import DATA, MODEL, SPECS
 from .params import RowParams
@@ -33,7 +33,7 @@ def sample(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(DATA, MODEL), row_specs, SPECS["tokens"]),
+        in_specs=(SPECS["last_logits"], row_specs, SPECS["tokens"]),
         out_specs=SPECS["replicated"],
         check_vma=False,
     )(logits_BV, rows, positions_B)
