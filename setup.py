@@ -8,7 +8,10 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "sharded_llama/__init__.py").read_text(), re.MULTILINE)[1]
 
-TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", "orbax-checkpoint>=0.11.20"]
+ORBAX = ["orbax-checkpoint>=0.12.4"]
+META = ["sentencepiece>=0.2", "tiktoken>=0.9"]  # the tokenizers of Meta's checkpoints
+HUB = ["huggingface_hub>=1.0"]
+TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", *ORBAX]
 LINT = ["ruff==0.17.6"]  # exact: another version formats differently
 
 setup(
@@ -38,10 +41,15 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "server": ["fastapi>=0.115", "jinja2>=3.1.6", "prometheus_client>=0.20", "uvicorn>=0.30"],
+        "meta": META,
+        "orbax": ORBAX,
+        "hub": HUB,
         "train": TRAIN,
         "lint": LINT,
         "test": [
             *TRAIN,
+            *META,
+            *HUB,
             *LINT,
             "build>=1.2",
             "hypothesis>=6.100",

@@ -7,18 +7,19 @@ checkpoint is opened; tensor bytes are read by slice, and only those that are as
 
 import json
 import math
-import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
+from ..config import LlamaConfig
 from ..errors import CheckpointError
+from .files import FileTensor, read_slices
 from .source import TensorInfo, shorten
 
 SINGLE_FILE = "model.safetensors"
@@ -50,7 +51,6 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation: a corrupt length must not ask for memory
-MAPPED_BYTES = 16 << 20  # of a file at once: 5 GB/s per thread; at 4 MiB mapping itself takes the time (3 GB/s)
 
 
 def hf_name(name: str) -> str:
@@ -72,82 +72,24 @@ def _translate(name: str, table: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class StoredTensor(TensorInfo):
-    """A tensor of a safetensors file."""
-
-    file: Path
-    offset: int  # of the first byte, from the start of the file
-
-
-@dataclass(frozen=True)
 class SafetensorsSource:
     """An opened safetensors checkpoint: a `CheckpointSource`."""
 
+    format: ClassVar[str] = "Hugging Face safetensors"
     location: str
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, FileTensor]
+
+    def read_config(self) -> LlamaConfig:
+        """See `CheckpointSource.read_config`."""
+        return LlamaConfig.from_hf(self.location)
 
     def stored_name(self, name: str) -> str:
         """The Hugging Face name of canonical tensor `name`."""
         return hf_name(name)
 
     def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
-        """See `CheckpointSource.read`. Whole rows of the same dtype go straight from the file into `out`."""
-        tensor = self.tensors[name]
-        bounds = [s.indices(n)[:2] for s, n in zip(slices, tensor.shape, strict=True)]
-        shape = tuple(stop - start for start, stop in bounds)
-        if out.shape != shape:
-            raise ValueError(f"{name}: out has shape {out.shape}, the slices have {shape}.")
-        whole_rows = shape[1:] == tensor.shape[1:]
-        try:
-            with open(tensor.file, "rb", buffering=0) as file:
-                if whole_rows and out.dtype == tensor.dtype and out.flags.c_contiguous:
-                    start = tensor.offset + bounds[0][0] * _row_bytes(tensor)
-                    _read_exactly(file.fileno(), start, out.reshape(-1).view(np.uint8))
-                else:
-                    _copy_mapped(file.fileno(), tensor, bounds, out)
-        except (OSError, EOFError) as e:
-            raise CheckpointError(f"{tensor.file}: cannot read tensor {hf_name(name)}: {e}") from e
-        return math.prod(shape) * tensor.dtype.itemsize
-
-
-def _row_bytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-
-
-def _read_exactly(fd: int, offset: int, out: np.ndarray) -> None:
-    """Fills the bytes `out` from `offset` on; one call may return fewer than asked for."""
-    done = 0
-    while done < out.size:
-        count = os.preadv(fd, [out[done:]], offset + done)
-        if count == 0:
-            raise EOFError(f"the file ends at byte {offset + done}; it was longer when it was opened.")
-        done += count
-
-
-def _copy_mapped(fd: int, tensor: StoredTensor, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-    """Copies columns, or converts, through mappings of a few rows that are dropped at once.
-
-    A mapping touches only the pages that hold the columns, and a short one leaves few of them resident.
-    """
-    columns = tuple(slice(*b) for b in bounds[1:])
-    row_bytes = _row_bytes(tensor)
-    block = max(1, MAPPED_BYTES // max(1, row_bytes))
-    source_dtype, target = tensor.dtype, out
-    if out.dtype == tensor.dtype:  # bits are bits: NumPy copies integers faster than bfloat16
-        source_dtype = np.dtype(f"u{tensor.dtype.itemsize}")
-        target = out.view(source_dtype)
-    first, last = bounds[0] if out.size else (0, 0)
-    for row in range(first, last, block):
-        rows = min(block, last - row)
-        start = tensor.offset + row * row_bytes
-        lead = start % mmap.ALLOCATIONGRANULARITY
-        if os.fstat(fd).st_size < start + rows * row_bytes:  # touching pages past the end kills the process
-            raise EOFError("the file is shorter than when it was opened.")
-        with mmap.mmap(fd, lead + rows * row_bytes, offset=start - lead, access=mmap.ACCESS_READ) as mapped:
-            stored = np.frombuffer(mapped, source_dtype, rows * row_bytes // source_dtype.itemsize, lead)
-            source = stored.reshape(rows, *tensor.shape[1:])[(slice(None), *columns)]
-            np.copyto(target[row - first : row - first + rows], source, casting="unsafe")
-            del stored, source  # a mapping that is still referred to cannot be closed
+        """See `CheckpointSource.read`."""
+        return read_slices(self.tensors[name], slices, out, hf_name(name))
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:
@@ -160,7 +102,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
         stored = read_header(folder / SINGLE_FILE)
     else:
         stored = _read_shards(folder / INDEX_FILE)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for stored_name, tensor in stored.items():
         name = canonical_name(stored_name)
         if name in tensors:
@@ -169,7 +111,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
     return SafetensorsSource(str(folder), tensors)
 
 
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
+def _read_shards(index: Path) -> dict[str, FileTensor]:
     """The tensors of all the files that an index names."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
@@ -188,7 +130,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     missing = [file for file in sorted(names_of) if not (index.parent / file).is_file()]
     if missing:
         raise CheckpointError(f"{index.parent}: {len(missing)} of {len(names_of)} shards missing: {shorten(missing)}.")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for file, names in sorted(names_of.items()):
         header = read_header(index.parent / file)
         absent = [name for name in names if name not in header]
@@ -205,7 +147,7 @@ def _is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, FileTensor]:
     """The tensors of one safetensors file by stored name, without derived buffers.
 
     Raises CheckpointError when the file is truncated, or its header malformed or at odds with the file's size.
@@ -233,7 +175,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in tensors.items() if not _is_derived(name)}
 
 
-def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
+def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTensor:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if type(code) is not str or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
@@ -251,10 +193,10 @@ def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> StoredTe
             f"{file}: tensor {name} of {code} {shape} needs {math.prod(shape) * dtype.itemsize} bytes, "
             f"but the header gives it {end - begin}."
         )
-    return StoredTensor(shape, dtype, file, data_start + begin)
+    return FileTensor(shape, dtype, file, data_start + begin)
 
 
-def _check_layout(file: Path, data_start: int, size: int, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_layout(file: Path, data_start: int, size: int, tensors: Mapping[str, FileTensor]) -> None:
     """Tensors must follow one another without gaps or overlaps, and fill the file."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
     for name, tensor in ordered:

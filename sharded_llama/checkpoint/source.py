@@ -21,6 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..config import LlamaConfig
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -45,12 +47,19 @@ class CheckpointSource(Protocol):
     """An opened checkpoint. Opening reads headers only; `read` may be called from several threads."""
 
     @property
+    def format(self) -> str:
+        """What people call the format, for messages."""
+
+    @property
     def location(self) -> str:
-        """Where the checkpoint is, for messages."""
+        """The checkpoint's folder."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by canonical name; one that has no canonical name stands under its stored name."""
+
+    def read_config(self) -> LlamaConfig:
+        """The model that the checkpoint says it holds. Raises ConfigError when that cannot be told or run."""
 
     def stored_name(self, name: str) -> str:
         """What the format calls the canonical tensor `name`, whether or not it is there: for messages."""

@@ -10,7 +10,7 @@ import torch
 from hf_models import CONFIG, assert_bits_equal, put_together, save_random_model, take_apart
 from safetensors.torch import save_file
 
-from sharded_llama.checkpoint import open_checkpoint, safetensors
+from sharded_llama.checkpoint import files, open_checkpoint, safetensors
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.safetensors import canonical_name, hf_name
 from sharded_llama.errors import CheckpointError
@@ -74,7 +74,7 @@ SLICES = {
 @pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_reads_any_slice(tmp_path, monkeypatch, stored_dtype, out_dtype, slices, strided):
-    monkeypatch.setattr(safetensors, "MAPPED_BYTES", 1000)  # several mappings even here
+    monkeypatch.setattr(files, "MAPPED_BYTES", 1000)  # several mappings even here
     tensor = torch.randn(64, 96).to(getattr(torch, stored_dtype))
     # An odd byte before it: nothing says that tensors are aligned.
     save_file({"w": tensor}, tmp_path / "aligned.safetensors")
