@@ -1,6 +1,8 @@
 """Reads a checkpoint into sharded weights: each process reads the shards of its own devices and nothing else."""
 
+import functools
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -9,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
@@ -19,35 +22,48 @@ from ..errors import CheckpointError
 from ..mesh import check_mesh
 from ..sharding import MODEL, named_sharding
 from ..weights import WeightSpec, XfmrWeights, weight_specs
-from .layout import Piece, canonical_shapes, shard_pieces
+from .layout import canonical_shapes
+from .reads import Bounds, Scratch, Unit, bounds_of, plan_units, read_block, split_rows
 from .source import CheckpointSource, shorten
 
-THREADS = 8
+THREADS = min(16, max(4, os.cpu_count() or 1))  # an H200's host reads 20 GB/s with 8, 26 with 16
 MAX_BYTES_IN_FLIGHT = 512 << 20
-BLOCK_BYTES = 16 << 20  # of one thread's reads: a large shard keeps all threads busy
+UNIT_BYTES = (
+    256 << 20
+)  # an array that is larger is assembled on its device: an upload of 1 GB at once is 4 times slower
 ALIGNMENT = 64  # bytes; JAX on CPU takes an array that is aligned like this as it is, without a copy
 
-Bounds = tuple[tuple[int, int], ...]  # start and stop per axis
+
+class ReadStats(NamedTuple):
+    """What a load read from the checkpoint."""
+
+    nbytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / 1e9 / self.seconds
 
 
-class _Plan(NamedTuple):
-    """What this process reads of one stored array: the pieces of each distinct shard."""
+class _Stored(NamedTuple):
+    """A stored array, and how this process reads its shards of it."""
 
     spec: WeightSpec
     sharding: NamedSharding
-    shards: dict[Bounds, list[Piece]]
-
-    @property
-    def host_bytes(self) -> int:
-        return len(self.shards) * math.prod(self.sharding.shard_shape(self.spec.shape)) * self.spec.dtype.itemsize
+    units: list[Unit]
 
 
 class _Reading(NamedTuple):
-    """A plan under way: buffers that are being filled."""
+    """A unit under way: buffers that are being filled."""
 
-    plan: _Plan
+    stored: _Stored
+    unit: Unit
     buffers: dict[Bounds, np.ndarray]
     reads: list[Future[int]]
+
+    @property
+    def host_bytes(self) -> int:
+        return self.unit.host_bytes(self.stored.spec.dtype.itemsize)
 
 
 def load_weights(
@@ -61,37 +77,66 @@ def load_weights(
 ) -> XfmrWeights:
     """The weights of `source` on `mesh`, in `config.dtype`.
 
-    Every process reads the shards of its own devices, once where `data` repeats them. Between the files and the
-    devices the host holds at most `max_bytes_in_flight` bytes, or one stored array if that is more. `progress`
-    shows a bar when standard error is a terminal. Raises CheckpointError when the checkpoint's tensors are not
-    those of `config`, before anything is read, and MeshError when the mesh does not fit.
+    Every process reads the bytes that the shards of its own devices need, each of them once. Between the files and
+    the devices the host holds at most `max_bytes_in_flight` bytes, or one part of an array (UNIT_BYTES) if that is
+    more, and `threads` times 16 MiB; on CPU, what is read is the array's own memory. `progress` shows a bar when
+    standard error is a terminal. Raises CheckpointError when the checkpoint's tensors are not those of `config`,
+    before anything is read, and MeshError when the mesh does not fit.
     """
+    weights, stats = read_weights(
+        source, config, mesh=mesh, progress=progress, threads=threads, max_bytes_in_flight=max_bytes_in_flight
+    )
+    logging.info(
+        "Loaded %s (%s): %.2f GB in %.1f s (%.2f GB/s).",
+        source.location,
+        source.format,
+        stats.nbytes / 1e9,
+        stats.seconds,
+        stats.gb_per_s,
+    )
+    return weights
+
+
+def read_weights(
+    source: CheckpointSource,
+    config: LlamaConfig,
+    *,
+    mesh: Mesh,
+    progress: bool = True,
+    threads: int = THREADS,
+    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+) -> tuple[XfmrWeights, ReadStats]:
+    """`load_weights`, and what it read."""
     check_mesh(config, mesh)
     check_tensors(source, config)
     plans, tree = _plan(config, mesh)
-    total = sum(_source_bytes(source, pieces) for plan in plans for pieces in plan.shards.values())
-    start = time.perf_counter()
+    total = sum(read.nbytes(source) for stored in plans for unit in stored.units for read in unit.reads)
+    start, nbytes = time.perf_counter(), 0
     arrays: list[jax.Array] = []
-    under_way: deque[_Reading] = deque()
-    in_flight = 0
+    parts: dict[jax.Device, jax.Array] = {}  # of the array that is being assembled
     show = progress and sys.stderr.isatty()
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not show) as bar,
     ):
-        for plan in plans:
-            while under_way and in_flight + plan.host_bytes > max_bytes_in_flight:
-                in_flight -= under_way[0].plan.host_bytes
-                arrays.append(_finish(under_way.popleft(), bar))
-            under_way.append(_start(plan, source, pool))
-            in_flight += plan.host_bytes
-        while under_way:
-            arrays.append(_finish(under_way.popleft(), bar))
-    seconds = time.perf_counter() - start
-    logging.info(
-        "Loaded %s: %.2f GB in %.1f s (%.2f GB/s).", source.location, total / 1e9, seconds, total / 1e9 / seconds
-    )
-    return jax.tree.unflatten(tree, arrays)
+        try:
+            for reading in _read_ahead(plans, source, pool, max_bytes_in_flight):
+                for read in reading.reads:
+                    count = read.result()
+                    nbytes += count
+                    bar.update(count)
+                if len(reading.stored.units) == 1:
+                    arrays.append(_make_array(reading))
+                    continue
+                _assemble(reading, parts)
+                if reading.unit is reading.stored.units[-1]:
+                    spec, sharding, _ = reading.stored
+                    arrays.append(jax.make_array_from_single_device_arrays(spec.shape, sharding, [*parts.values()]))
+                    parts.clear()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return jax.tree.unflatten(tree, arrays), ReadStats(nbytes, time.perf_counter() - start)
 
 
 def check_tensors(source: CheckpointSource, config: LlamaConfig) -> None:
@@ -116,43 +161,54 @@ def check_tensors(source: CheckpointSource, config: LlamaConfig) -> None:
         raise CheckpointError(f"{source.location} does not hold the configured model; {'; '.join(texts)}.")
 
 
-def _plan(config: LlamaConfig, mesh: Mesh) -> tuple[list[_Plan], jax.tree_util.PyTreeDef]:
+def _plan(config: LlamaConfig, mesh: Mesh) -> tuple[list[_Stored], jax.tree_util.PyTreeDef]:
     leaves, tree = jax.tree_util.tree_flatten_with_path(weight_specs(config, mesh.shape[MODEL]))
     plans = []
     for path, spec in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         sharding = named_sharding(mesh, spec.name)
-        shards = {}
-        for index in sharding.addressable_devices_indices_map(spec.shape).values():
-            if _bounds(index, spec.shape) not in shards:
-                shards[_bounds(index, spec.shape)] = shard_pieces(config, name, spec.shape, index)
-        plans.append(_Plan(spec, sharding, shards))
+        plans.append(_Stored(spec, sharding, plan_units(config, name, spec, sharding, _unit_bytes(mesh))))
     return plans, tree
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+def _unit_bytes(mesh: Mesh) -> int | None:
+    """Bytes of an array on their way at once; None: all, because on CPU they are the array's own memory."""
+    return None if mesh.devices.flat[0].platform == "cpu" else UNIT_BYTES
 
 
-def _source_bytes(source: CheckpointSource, pieces: list[Piece]) -> int:
-    return sum(
-        math.prod(s.stop - s.start for s in piece.source) * source.tensors[piece.tensor].dtype.itemsize
-        for piece in pieces
-    )
+def _read_ahead(
+    plans: list[_Stored], source: CheckpointSource, pool: ThreadPoolExecutor, max_bytes: int
+) -> Iterator[_Reading]:
+    """The units in order, each when its reads have been handed to the threads, as many ahead as `max_bytes` allow."""
+    scratch = Scratch()
+    under_way: deque[_Reading] = deque()
+    in_flight = 0
+    for stored in plans:
+        for unit in stored.units:
+            size = unit.host_bytes(stored.spec.dtype.itemsize)
+            while under_way and in_flight + size > max_bytes:
+                in_flight -= under_way[0].host_bytes
+                yield under_way.popleft()  # its memory is free when the next one is asked for
+            under_way.append(_start(stored, unit, source, pool, scratch))
+            in_flight += size
+    while under_way:
+        yield under_way.popleft()
 
 
-def _start(plan: _Plan, source: CheckpointSource, pool: ThreadPoolExecutor) -> _Reading:
-    """Hands the reads of one stored array to the threads, in blocks of rows."""
-    shape = plan.sharding.shard_shape(plan.spec.shape)
-    # Fresh buffers for every array: on CPU they become the array's own memory.
-    buffers = {bounds: _aligned_zeros(shape, plan.spec.dtype) for bounds in plan.shards}
+def _start(
+    stored: _Stored, unit: Unit, source: CheckpointSource, pool: ThreadPoolExecutor, scratch: Scratch
+) -> _Reading:
+    """Hands the reads of a unit to the threads, in blocks of rows."""
+    # Fresh buffers every time: on CPU they become the array's own memory.
+    buffers = {
+        shard: _aligned_zeros(tuple(b - a for a, b in box), stored.spec.dtype) for shard, box in unit.boxes.items()
+    }
     reads = [
-        pool.submit(source.read, piece.tensor, slices, out)
-        for bounds, pieces in plan.shards.items()
-        for piece in pieces
-        for slices, out in _row_blocks(piece, piece.view(buffers[bounds]))
+        pool.submit(read_block, source, read.tensor, box, places, scratch)
+        for read in unit.reads
+        for box, places in split_rows(read, buffers)
     ]
-    return _Reading(plan, buffers, reads)
+    return _Reading(stored, unit, buffers, reads)
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -162,21 +218,31 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _row_blocks(piece: Piece, view: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Splits a piece and its place in the shard along their first axis."""
-    first, *rest = piece.source
-    step = max(1, BLOCK_BYTES * len(view) // view.nbytes)
-    for row in range(0, len(view), step):
-        rows = slice(first.start + row, min(first.start + row + step, first.stop))
-        yield (rows, *rest), view[row : row + step]
+def _make_array(reading: _Reading) -> jax.Array:
+    """The array that one unit fills. The buffers are free to go when its transfer is done."""
+    spec, sharding, _ = reading.stored
+    return jax.make_array_from_callback(
+        spec.shape, sharding, lambda index: reading.buffers[bounds_of(index, spec.shape)], dtype=spec.dtype
+    ).block_until_ready()
 
 
-def _finish(reading: _Reading, bar: tqdm) -> jax.Array:
-    """Waits for the reads and makes the array. The buffers are free to go when its transfer is done."""
-    for read in reading.reads:
-        bar.update(read.result())
-    spec, sharding, _ = reading.plan
-    array = jax.make_array_from_callback(
-        spec.shape, sharding, lambda index: reading.buffers[_bounds(index, spec.shape)], dtype=spec.dtype
-    )
-    return array.block_until_ready()
+def _assemble(reading: _Reading, parts: dict[jax.Device, jax.Array]) -> None:
+    """Writes a unit into this process's shards on the devices, which the first unit makes."""
+    spec, sharding, _ = reading.stored
+    shape = sharding.shard_shape(spec.shape)
+    chunks = []
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        shard = bounds_of(index, spec.shape)
+        if device not in parts:
+            parts[device] = jnp.zeros(shape, spec.dtype, device=device)
+        if shard in reading.unit.boxes:
+            chunks.append(jax.device_put(reading.buffers[shard], device))
+            box = reading.unit.boxes[shard]
+            start = [np.int32(b[0] - s[0]) for b, s in zip(box, shard, strict=True)]
+            parts[device] = _write_part(parts[device], chunks[-1], start)
+    jax.block_until_ready(chunks)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_part(array: jax.Array, part: jax.Array, start: list[jax.Array]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, part, start)

@@ -1,7 +1,7 @@
 """Loading: every array equals NumPy's own fusing, on every mesh; a wrong checkpoint is refused by name."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jax
@@ -10,7 +10,8 @@ import pytest
 from hf_models import CONFIG, State, assert_bits_equal, expected_weights, save_random_model
 from safetensors.numpy import load_file, save_file
 
-from sharded_llama.checkpoint import load_weights, open_checkpoint, reader
+from sharded_llama.checkpoint import load_weights, open_checkpoint, reader, reads
+from sharded_llama.checkpoint.reader import read_weights
 from sharded_llama.checkpoint.source import CheckpointSource
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import CheckpointError, MeshError
@@ -34,7 +35,9 @@ class CountingSource:
     def __init__(self, source: CheckpointSource):
         self.source, self.location, self.tensors = source, source.location, source.tensors
         self.bytes: Counter[str] = Counter()
+        self.slices: defaultdict[str, list[tuple[slice, ...]]] = defaultdict(list)
         self.order: list[str] = []
+        self.format = source.format
         self.lock = threading.Lock()
 
     def stored_name(self, name: str) -> str:
@@ -44,6 +47,7 @@ class CountingSource:
         count = self.source.read(name, slices, out)
         with self.lock:
             self.bytes[name] += count
+            self.slices[name].append(slices)
             self.order.append(name)
         return count
 
@@ -86,20 +90,46 @@ def test_weights_are_converted(checkpoint: tuple[Path, LlamaConfig, State], dtyp
 
 
 def test_small_blocks_and_one_thread(plain: tuple[Path, State], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reads, "BLOCK_BYTES", 100)
     folder, state = plain
     weights = load_weights(open_checkpoint(folder), CONFIG, mesh=make_mesh(1, 8), threads=1, max_bytes_in_flight=0)
     assert_weights_equal(weights, expected_weights(state, CONFIG, 8))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_replicas_are_read_once(plain: tuple[Path, State], shape: tuple[int, int]):
-    folder, _ = plain
+@pytest.mark.parametrize("unit_bytes", [None, 5_000, 1])
+@pytest.mark.parametrize("shape", [*MESHES, (1, 2)], ids=str)
+def test_every_byte_is_read_once(
+    plain: tuple[Path, State], shape: tuple[int, int], unit_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Replicas over `data`, repeated kv heads and columns share their reads, and the statistics count what was read."""
+    monkeypatch.setattr(reader, "_unit_bytes", lambda mesh: unit_bytes)
+    folder, state = plain
     source = CountingSource(open_checkpoint(folder))
-    load_weights(source, CONFIG, mesh=make_mesh(*shape))
-    repeats = max(1, shape[1] // CONFIG.n_kv_heads)
+    weights, stats = read_weights(source, CONFIG, mesh=make_mesh(*shape))
+    assert_weights_equal(weights, expected_weights(state, CONFIG, shape[1]))
     for name, info in source.tensors.items():
-        assert source.bytes[name] == info.nbytes * (repeats if name.endswith(("wk", "wv")) else 1), name
+        touched = np.zeros(info.shape, int)
+        for slices in source.slices[name]:
+            touched[slices] += 1
+        assert (touched == 1).all(), name
+        assert source.bytes[name] == info.nbytes, name
+    assert stats.nbytes == sum(info.nbytes for info in source.tensors.values())
+
+
+def test_large_arrays_are_uploaded_in_parts(plain: tuple[Path, State], monkeypatch: pytest.MonkeyPatch):
+    """As on devices with their own memory: nothing larger than a unit is on its way to one."""
+    uploads = []
+    real = jax.device_put
+    monkeypatch.setattr(reader, "_unit_bytes", lambda mesh: 18_432)  # a kv head with its query heads
+    monkeypatch.setattr(jax, "device_put", lambda x, *args: uploads.append(x.nbytes) or real(x, *args))
+    folder, state = plain
+    mesh = make_mesh(2, 2)
+    weights = load_weights(open_checkpoint(folder), CONFIG, mesh=mesh)
+    assert_weights_equal(weights, expected_weights(state, CONFIG, 2))
+    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), (weights, abstract_weights(CONFIG, mesh)))
+    assert described[0] == described[1]
+    assert max(uploads) <= 18_432
+    assert sum(uploads) > 2 * 0.9 * sum(x.nbytes for x in jax.tree.leaves(weights) if x.nbytes > 18_432)
 
 
 def test_the_bound_on_bytes_in_flight_holds_back_reads(plain: tuple[Path, State], monkeypatch: pytest.MonkeyPatch):
