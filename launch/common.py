@@ -20,11 +20,22 @@ from sharded_llama.errors import ConfigError, MeshError, ShardedLlamaError
 from sharded_llama.mesh import default_mesh, make_mesh, parse_mesh, simulate_cpu_devices, start_distributed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Model and settings, such as configs/demo.py.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, or 'demo' for the bundled one.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Checkpoint folder, name on the Hugging Face hub such as meta-llama/Llama-3.2-1B, or 'demo' for the bundled one.",
+)
 MESH = flags.DEFINE_string(
     "mesh", None, "Mesh sizes such as data:2,model:4 (short for config.mesh). Default: every device."
 )
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Type of weights, activations and cache. Default: the checkpoint's.")
+ROPE_FACTOR = flags.DEFINE_float(
+    "rope_factor",
+    None,
+    "Factor of the scaled rotary embeddings of a Meta checkpoint, whose params.json cannot say it. Default: what our "
+    "exporter wrote beside it, else 32 for the shapes of Llama 3.2 1B and 3B, else 8.",
+    1.0,
+)
 ATTENTION = flags.DEFINE_enum("attention", None, BACKENDS, "Attention backend. Default: the fastest that can run.")
 SIMULATE_DEVICES = flags.DEFINE_integer("simulate_devices", None, "Run on this many simulated CPU devices.", 1, 256)
 COORDINATOR = flags.DEFINE_string(
@@ -147,11 +158,16 @@ def choose_mesh(config: LlamaConfig) -> Mesh:
 def load_model() -> LLM:
     """The model of the flags, in its mesh. A config that disagrees with the checkpoint is an error."""
     folder = checkpoint_folder(checkpoint_name())
-    open_checkpoint(folder)  # says best what is wrong with a folder
-    config = LlamaConfig.from_hf(folder)
+    config = open_checkpoint(folder, rope_factor=ROPE_FACTOR.value).read_config()
     if CONFIG.value is not None and "model" in CONFIG.value:
         check_matches(LlamaConfig.from_dict(CONFIG.value.model), config)
-    return load(folder, mesh=choose_mesh(config), dtype=DTYPE.value, attention=ATTENTION.value)
+    return load(
+        folder,
+        mesh=choose_mesh(config),
+        dtype=DTYPE.value,
+        attention=ATTENTION.value,
+        rope_factor=ROPE_FACTOR.value,
+    )
 
 
 def is_main_process() -> bool:

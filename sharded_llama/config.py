@@ -1,10 +1,12 @@
 """LlamaConfig: everything about a model that changes its numbers, and nothing about how it is run."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -23,6 +25,15 @@ def check_positive(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name}={value!r} must be a finite number greater than 0.")
+
+
+@contextlib.contextmanager
+def naming(place: Path | str) -> Iterator[None]:
+    """Puts the file or field that holds the mistake before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(f"{place}: {e}") from None
 
 
 def _check_fields(cls: type, given: Iterable[str], where: str) -> None:

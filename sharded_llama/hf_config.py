@@ -3,15 +3,14 @@
 What would change the numbers and is not implemented is refused by name; the tables of it are in `hf_fields`.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import hf_fields
-from .config import DTYPES, LlamaConfig, RopeScaling, check_count, check_positive
+from .config import DTYPES, LlamaConfig, RopeScaling, check_count, check_positive, naming
 from .errors import ConfigError
 from .json_file import read_json_object
 
@@ -35,7 +34,7 @@ def read_config(path: str | os.PathLike, dtype: str | None = None) -> LlamaConfi
     if path.is_dir() and not file.exists():
         raise ConfigError(f"{path} holds no config.json: it is not the folder of a Hugging Face checkpoint.")
     raw = read_json_object(file)
-    with _naming(file):
+    with naming(file):
         _check_supported(raw)
         config = LlamaConfig(
             **_sizes(raw),
@@ -51,7 +50,7 @@ def read_config(path: str | os.PathLike, dtype: str | None = None) -> LlamaConfi
     if not generation.is_file():
         return config
     eos_ids = _token_ids(read_json_object(generation).get("eos_token_id"))
-    with _naming(generation):
+    with naming(generation):
         return config.replace(eos_ids=eos_ids or config.eos_ids)
 
 
@@ -74,7 +73,7 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
             logger.warning("%s: %s=%r is not supported and has no effect.", file, name, raw[name])
     if raw.get("do_sample") is not True:
         return {"do_sample": False}
-    with _naming(file):
+    with naming(file):
         _positive(raw, "top_p", 1.0)  # 0 would keep no token
         top_k = _get(raw, "top_k", 50)
         if top_k != 0:
@@ -86,15 +85,6 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
             "top_p": _probability(raw, "top_p", 1.0),
             "min_p": _probability(raw, "min_p", 0.0),
         }
-
-
-@contextlib.contextmanager
-def _naming(place: Path | str) -> Iterator[None]:
-    """Puts the file or field that holds the mistake before the message of a ConfigError."""
-    try:
-        yield
-    except ConfigError as e:
-        raise ConfigError(f"{place}: {e}") from None
 
 
 def _get(raw: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -151,7 +141,7 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope = _get(raw, source, {})
     if not isinstance(rope, dict):
         raise ConfigError(f"{source}={rope!r} must be an object or null.")
-    with _naming(source):
+    with naming(source):
         for name, value in rope.items():
             if isinstance(value, dict):
                 raise ConfigError(f"{name}={value!r}: rotary embeddings that differ by layer are not supported.")

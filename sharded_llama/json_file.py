@@ -1,4 +1,4 @@
-"""Reading the JSON files of a checkpoint folder."""
+"""Reading and writing the JSON files of a checkpoint folder."""
 
 import json
 import os
@@ -25,3 +25,8 @@ def read_json_object(path: str | os.PathLike, error: type[ShardedLlamaError] = C
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object {{...}}, but it holds a {type(value).__name__}.")
     return value
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Writes a JSON object, indented."""
+    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

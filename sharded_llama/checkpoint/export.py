@@ -1,83 +1,130 @@
-"""Writes weights as a Hugging Face folder that transformers loads: safetensors, config.json and the tokenizer."""
+"""Writes a checkpoint in any format, from another one or from weights on a mesh: complete, or not there at all.
 
-import json
+Every format takes the canonical tensors in one pass, in blocks of rows, so that the host holds a few blocks.
+"""
+
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from ..config import LlamaConfig
 from ..errors import CheckpointError
+from ..hf_config import GENERATION_CONFIG
+from ..json_file import write_json
+
+try:
+    from ..tokenizer import tokenizer_files
+except ImportError:  # TEMPORARY
+
+    def tokenizer_files(folder):
+        return [
+            p
+            for n in (
+                "tokenizer.json",
+                "tokenizer.model",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "vocab.json",
+                "merges.txt",
+                "chat_template.jinja",
+                "chat_template.json",
+            )
+            if (p := Path(folder) / n).is_file()
+        ]
+
+
 from ..weights import XfmrWeights
+from .export_hf import MAX_SHARD_BYTES, hf_writer, to_hf_dict
 from .layout import canonical_shapes, shard_pieces
-from .safetensors import INDEX_FILE, SINGLE_FILE, hf_name, write_safetensors
-from .source import TensorInfo
+from .reader import check_tensors
+from .source import CheckpointSource
 
-MAX_SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+BLOCK_BYTES = 16 << 20
+THREADS = 4
+BLOCKS_AHEAD = 8
+
+Blocks = Iterator[tuple[str, np.ndarray]]  # canonical name, its next rows; in the order of `canonical_shapes`
 
 
-def to_hf_dict(config: LlamaConfig) -> dict[str, Any]:
-    """The contents of the config.json of `config`, as transformers' LlamaForCausalLM reads it."""
-    scaling = config.rope_scaling
-    eos_ids = list(config.eos_ids)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        },
-        "tie_word_embeddings": config.tie_embeddings,
-        # Written even when there is none: transformers takes an absent id for 1 or 2.
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": config.dtype,
-    }
+@dataclass(frozen=True)
+class ExportFormat:
+    """What to write, and how it is divided into files."""
+
+    name: str = "hf"  # one of FORMATS
+    max_shard_bytes: int = MAX_SHARD_BYTES  # of a Hugging Face file; a larger tensor has one of its own
+    meta_files: int = 1  # model-parallel ranks of a Meta checkpoint
+
+    def __post_init__(self) -> None:
+        if self.name not in FORMATS:
+            raise CheckpointError(f"{self.name!r} is not a format to write: it must be one of {', '.join(FORMATS)}.")
 
 
-def save_hf(
+FORMATS = ("hf", "meta", "orbax")
+
+
+class Writer(Protocol):
+    """Takes canonical tensors in order."""
+
+    def write(self, name: str, block: np.ndarray) -> None:
+        """Appends rows to a tensor."""
+
+
+def convert(
+    source: CheckpointSource,
+    config: LlamaConfig,
+    folder: str | os.PathLike[str],
+    format: ExportFormat = ExportFormat(),
+    *,
+    progress: bool = True,
+) -> int:
+    """Writes the checkpoint `source` of `config`, in `config.dtype`, as the new folder `folder`.
+
+    The tokenizer and the sampling defaults come along. Memory is a few blocks of 16 MiB, or heads if these are larger.
+    Returns the bytes of all tensors. Raises CheckpointError as `save_weights` does, or when `source` does not hold
+    the tensors of `config`.
+    """
+    check_tensors(source, config)
+    folder = Path(os.path.abspath(folder))
+    problem = _check_target(folder)
+    if problem:
+        raise CheckpointError(problem)
+    total = model_bytes(config)
+    show = progress and sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not show) as bar:
+
+        def counted() -> Blocks:
+            for name, block in source_blocks(source, config):
+                yield name, block
+                bar.update(block.nbytes)
+
+        _write_folder(counted(), config, folder, format, Path(source.location))
+    return total
+
+
+def save_weights(
     weights: XfmrWeights,
     config: LlamaConfig,
     folder: str | os.PathLike[str],
+    format: ExportFormat = ExportFormat(),
     *,
     tokenizer_folder: str | os.PathLike[str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `weights` in `config.dtype`, with config.json and the tokenizer's files, as the new folder `folder`.
+    """Writes `weights` in `config.dtype`, with config and the tokenizer's files, as the new folder `folder`.
 
     Tensors are canonical: nothing fused, repeated or padded. The host holds one stored array and one tensor at a
     time. The folder appears under its name only when it is complete. Of several processes all must call this; the
@@ -86,27 +133,28 @@ def save_hf(
     """
     folder = Path(os.path.abspath(folder))
     writer = jax.process_index() == 0
-    tokenizer: list[Path] = []
     problem = None
     if writer:
-        if tokenizer_folder is not None:
-            tokenizer = [path for name in TOKENIZER_FILES if (path := Path(tokenizer_folder) / name).is_file()]
-            if not tokenizer:
-                problem = f"{tokenizer_folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}."
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            problem = f"{folder} already exists; choose a new folder to export to."
+        problem = _check_target(folder)
+        if tokenizer_folder is not None and not tokenizer_files(tokenizer_folder):
+            problem = f"{tokenizer_folder} holds no tokenizer."
     _raise_everywhere(problem)
-    tensors = _canonical_tensors(weights, config)
+    tensors = _weight_blocks(weights, config)
     if writer:
         try:
-            _write(tensors, config, folder, tokenizer, max_shard_bytes)
+            _write_folder(tensors, config, folder, format, tokenizer_folder and Path(tokenizer_folder))
             logging.info("Exported %s.", folder)
-        except OSError as e:
-            problem = f"{folder}: cannot be written: {e}"
+        except CheckpointError as e:
+            problem = str(e)
     if jax.process_count() > 1:
         for _ in tensors:  # gathers need every process, even when the writer has given up
             pass
     _raise_everywhere(problem)
+
+
+def model_bytes(config: LlamaConfig) -> int:
+    """Bytes of all canonical tensors in `config.dtype`."""
+    return sum(int(np.prod(shape)) for shape in canonical_shapes(config).values()) * config.jnp_dtype.itemsize
 
 
 def _raise_everywhere(problem: str | None) -> None:
@@ -115,24 +163,61 @@ def _raise_everywhere(problem: str | None) -> None:
         raise CheckpointError(problem or "the first process could not export; see its message.")
 
 
-def _canonical_tensors(weights: XfmrWeights, config: LlamaConfig) -> Iterator[np.ndarray]:
-    """The tensors in the order of `canonical_shapes`, on the host, one at a time. Every process must take part."""
-    shapes = canonical_shapes(config)
+def _check_target(folder: Path) -> str | None:
+    """What keeps a checkpoint from being written to `folder`."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return f"{folder} already exists; choose a new folder to export to."
+    return None
+
+
+def source_blocks(source: CheckpointSource, config: LlamaConfig) -> Blocks:
+    """The canonical tensors of a checkpoint in `config.dtype`, read a few blocks ahead by several threads."""
+
+    def read(name: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
+        out = np.empty((rows.stop - rows.start, *shape[1:]), config.jnp_dtype)
+        source.read(name, (rows, *(slice(0, n) for n in shape[1:])), out)
+        return out
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead: deque[tuple[str, Future[np.ndarray]]] = deque()
+        try:
+            for name, shape in canonical_shapes(config).items():
+                for rows in row_blocks(config, name, shape):
+                    ahead.append((name, pool.submit(read, name, rows, shape)))
+                    if len(ahead) >= BLOCKS_AHEAD:
+                        name_of, block = ahead.popleft()
+                        yield name_of, block.result()
+            for name, block in ahead:
+                yield name, block.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def row_blocks(config: LlamaConfig, name: str, shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a tensor in blocks of BLOCK_BYTES; of wq and wk, in whole heads, which Meta's layout permutes."""
+    unit = config.head_dim if name.endswith(("wq", "wk")) else 1
+    row_bytes = int(np.prod(shape[1:])) * config.jnp_dtype.itemsize
+    step = max(1, BLOCK_BYTES // (row_bytes * unit)) * unit
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _weight_blocks(weights: XfmrWeights, config: LlamaConfig) -> Blocks:
+    """The canonical tensors of weights on a mesh, each whole. Every process must take part."""
     for path, array in jax.tree_util.tree_leaves_with_path(weights):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        yield from _unfuse(_to_host(array), name, config, shapes)
+        yield from _unfuse(_to_host(array), name, config)
 
 
-def _unfuse(
-    stored: np.ndarray, name: str, config: LlamaConfig, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[np.ndarray]:
+def _unfuse(stored: np.ndarray, name: str, config: LlamaConfig) -> Blocks:
+    shapes = canonical_shapes(config)
     pieces = shard_pieces(config, name, stored.shape, (slice(None),) * stored.ndim)
     for tensor in dict.fromkeys(piece.tensor for piece in pieces):
         out = np.empty(shapes[tensor], config.jnp_dtype)
         for piece in pieces:
             if piece.tensor == tensor:
                 out[piece.source] = piece.view(stored)  # copies of a repeated head are equal: any may stay
-        yield out
+        yield tensor, out
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -144,44 +229,82 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, buffers))
 
 
-def _write(
-    tensors: Iterator[np.ndarray], config: LlamaConfig, folder: Path, tokenizer: Sequence[Path], max_shard_bytes: int
+def _write_folder(
+    blocks: Blocks, config: LlamaConfig, folder: Path, format: ExportFormat, side_folder: Path | None
 ) -> None:
     """Fills a folder of another name and renames it at the end: a run that is cut short leaves nothing that loads."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
-        files = _plan_files(config, max_shard_bytes)
-        for file, infos in files.items():
-            write_safetensors(partial / file, infos, (next(tensors) for _ in infos))
-        if list(files) != [SINGLE_FILE]:
-            weight_map = {name: file for file, infos in files.items() for name in infos}
-            total = sum(info.nbytes for infos in files.values() for info in infos.values())
-            _write_json(partial / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for path in tokenizer:
-            shutil.copyfile(path, partial / path.name)
-        _write_json(partial / "config.json", to_hf_dict(config))
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _remove_leftovers(folder)
+        partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            _check_space(partial, config, format)
+            with _open_writer(partial, config, format) as writer:
+                for name, block in blocks:
+                    writer.write(name, block)
+            if side_folder is not None:
+                _copy_side_files(side_folder, partial, format)
+            if format.name != "meta":
+                write_json(partial / "config.json", to_hf_dict(config))  # last: without it nothing loads
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be written: {e}") from e
 
 
-def _plan_files(config: LlamaConfig, max_shard_bytes: int) -> dict[str, dict[str, TensorInfo]]:
-    """File name -> Hugging Face tensor name -> tensor, in the order of `canonical_shapes`."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    size = 0
-    for name, shape in canonical_shapes(config).items():
-        info = TensorInfo(shape, config.jnp_dtype)
-        if shards[-1] and size + info.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][hf_name(name)] = info
-        size += info.nbytes
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+def _open_writer(folder: Path, config: LlamaConfig, format: ExportFormat) -> AbstractContextManager[Writer]:
+    # Formats that need an extra are imported only when they are asked for.
+    match format.name:
+        case "hf":
+            return hf_writer(folder, config, format.max_shard_bytes)
+        case "meta":
+            from .export_meta import meta_writer
+
+            return meta_writer(folder, config, format.meta_files)
+        case _:
+            from .orbax_save import WEIGHTS, OrbaxWriter
+            from .source import TensorInfo
+
+            infos = {name: TensorInfo(shape, config.jnp_dtype) for name, shape in canonical_shapes(config).items()}
+            return OrbaxWriter(folder / WEIGHTS, infos)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+def _copy_side_files(source: Path, target: Path, format: ExportFormat) -> None:
+    """The tokenizer, in the form that the format's users need, and the sampling defaults."""
+    from ..tokenizer.convert import to_hf_tokenizer, to_tiktoken
+
+    files = {file.name: file for file in [*tokenizer_files(source), source / GENERATION_CONFIG] if file.is_file()}
+    for name, file in files.items():
+        shutil.copyfile(file, target / name)
+    if format.name == "hf" and "tokenizer.json" not in files and "tokenizer.model" in files:
+        to_hf_tokenizer(files["tokenizer.model"], target)
+    if format.name == "meta" and "tokenizer.model" not in files and "tokenizer.json" in files:
+        to_tiktoken(files["tokenizer.json"], target / "tokenizer.model")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what runs of this machine that were killed left of the same export."""
+    prefix = f"{folder.name}.partial-{socket.gethostname()}-"
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+        pid = leftover.name.removeprefix(prefix)
+        if leftover.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _check_space(folder: Path, config: LlamaConfig, format: ExportFormat) -> None:
+    """Raises OSError before a disk is filled in vain; orbax compresses, by how much is not known before."""
+    free, needed = shutil.disk_usage(folder).free, model_bytes(config)
+    if format.name != "orbax" and free < needed:
+        raise OSError(f"it needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there.")

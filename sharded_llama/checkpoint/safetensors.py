@@ -8,8 +8,7 @@ checkpoint is opened; tensor bytes are read by slice, and only those that are as
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,27 +19,11 @@ import numpy as np
 from ..config import LlamaConfig
 from ..errors import CheckpointError
 from .files import FileTensor, read_slices
-from .source import TensorInfo, shorten
+from .names import HF_NAMES, to_canonical, to_stored
+from .source import TensorInfo, TensorSequence, shorten
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# Canonical name -> Hugging Face name; `{i}` is the layer. Reading and exporting both use this table.
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens.weight",
-    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm.weight",
-    "layers.{i}.wq": "model.layers.{i}.self_attn.q_proj.weight",
-    "layers.{i}.wk": "model.layers.{i}.self_attn.k_proj.weight",
-    "layers.{i}.wv": "model.layers.{i}.self_attn.v_proj.weight",
-    "layers.{i}.wo": "model.layers.{i}.self_attn.o_proj.weight",
-    "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
-    "layers.{i}.w1": "model.layers.{i}.mlp.gate_proj.weight",
-    "layers.{i}.w3": "model.layers.{i}.mlp.up_proj.weight",
-    "layers.{i}.w2": "model.layers.{i}.mlp.down_proj.weight",
-    "norm": "model.norm.weight",
-    "output": "lm_head.weight",
-}
-CANONICAL_NAMES = {hf: name for name, hf in HF_NAMES.items()}
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -51,24 +34,6 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation: a corrupt length must not ask for memory
-
-
-def hf_name(name: str) -> str:
-    """The Hugging Face name of canonical tensor `name`; a name that is not canonical is its own."""
-    return _translate(name, HF_NAMES)
-
-
-def canonical_name(hf: str) -> str:
-    """The canonical name of Hugging Face tensor `hf`; a name that is not in the table is its own."""
-    return _translate(hf, CANONICAL_NAMES)
-
-
-def _translate(name: str, table: Mapping[str, str]) -> str:
-    layer = re.search(r"(?<=layers\.)\d+(?=\.)", name)
-    if layer is None:
-        return table.get(name, name)
-    pattern = f"{name[: layer.start()]}{{i}}{name[layer.end() :]}"
-    return table[pattern].format(i=layer[0]) if pattern in table else name
 
 
 @dataclass(frozen=True)
@@ -85,11 +50,11 @@ class SafetensorsSource:
 
     def stored_name(self, name: str) -> str:
         """The Hugging Face name of canonical tensor `name`."""
-        return hf_name(name)
+        return to_stored(name, HF_NAMES)
 
     def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
         """See `CheckpointSource.read`."""
-        return read_slices(self.tensors[name], slices, out, hf_name(name))
+        return read_slices(self.tensors[name], slices, out, to_stored(name, HF_NAMES))
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:
@@ -104,7 +69,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
         stored = _read_shards(folder / INDEX_FILE)
     tensors: dict[str, FileTensor] = {}
     for stored_name, tensor in stored.items():
-        name = canonical_name(stored_name)
+        name = to_canonical(stored_name, HF_NAMES)
         if name in tensors:
             raise CheckpointError(f"{tensor.file}: tensors {stored_name} and {name} are the same tensor.")
         tensors[name] = tensor
@@ -214,20 +179,30 @@ def _check_layout(file: Path, data_start: int, size: int, tensors: Mapping[str, 
         raise CheckpointError(f"{file}: has {size} bytes, but its tensors end at {end}.")
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, TensorInfo], arrays: Iterable[np.ndarray]) -> None:
-    """Writes a file that holds `tensors` (by stored name), taking `arrays` one at a time in the same order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
-    end = 0
-    for name, info in tensors.items():
-        begin, end = end, end + info.nbytes
-        header[name] = {"dtype": DTYPE_CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    with open(file, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for (name, info), array in zip(tensors.items(), arrays, strict=True):
-            if (array.shape, array.dtype) != (info.shape, info.dtype):
-                raise ValueError(f"{name}: expected {info.dtype} {info.shape}, got {array.dtype} {array.shape}.")
-            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        f.flush()
-        os.fsync(f.fileno())  # the rename that follows an export must not outlive the data
+class SafetensorsWriter:
+    """Writes a file that holds `tensors` (by stored name): their bytes in that order, each in one or more blocks."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+        end = 0
+        for name, info in tensors.items():
+            begin, end = end, end + info.nbytes
+            header[name] = {"dtype": DTYPE_CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start aligned
+        self._sequence = TensorSequence(tensors)
+        self._file = open(file, "wb")  # noqa: SIM115 (close)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, block: np.ndarray) -> None:
+        """Appends the bytes of `block` to tensor `name`. Raises ValueError for what does not come next."""
+        self._sequence.advance(name, block)
+        self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+
+    def close(self, complete: bool = True) -> None:
+        """Closes the file; `complete` says that it has to be, and makes it durable."""
+        with self._file:
+            if complete:
+                self._sequence.finish()
+                self._file.flush()
+                os.fsync(self._file.fileno())  # the rename that follows an export must not outlive the data

@@ -36,6 +36,33 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class TensorSequence:
+    """Checks that tensors are written in the order of `tensors`, each completely, in blocks of its dtype."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = iter(tensors.items())
+        self._name, self._dtype, self._missing = "the first one", np.dtype(np.uint8), 0
+
+    def advance(self, name: str, block: np.ndarray) -> None:
+        """Raises ValueError unless `block` is what comes next of tensor `name`, or begins it when it is the next."""
+        if name != self._name:
+            self.finish(last=False)
+            self._name, info = next(self._tensors, ("none", TensorInfo((0,), self._dtype)))
+            self._dtype, self._missing = info.dtype, info.nbytes
+        if name != self._name or block.dtype != self._dtype or block.nbytes > self._missing:
+            raise ValueError(
+                f"{block.nbytes} bytes of {block.dtype} {name} were given, but {self._missing} bytes of {self._dtype} "
+                f"{self._name} come next."
+            )
+        self._missing -= block.nbytes
+
+    def finish(self, last: bool = True) -> None:
+        """Raises ValueError when bytes of the tensor under way are missing, or (`last`) tensors after it."""
+        after = next(self._tensors, None) if last else None
+        if self._missing or (after and after[1].nbytes):
+            raise ValueError(f"{self._missing} bytes of {self._name} are missing, and {after and after[0]} after it.")
+
+
 def shorten(items: Iterable[str], limit: int = 5) -> str:
     """The first few items of a list that a message names, and the number of the others."""
     items = list(items)

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ..attention import choose_backend
-from ..checkpoint import load_weights, open_checkpoint
+from ..checkpoint import hub, load_weights, open_checkpoint
 from ..config import LlamaConfig
 from ..errors import ConfigError, RequestError, TokenizerError
 from ..hf_config import read_generation_config
@@ -239,16 +239,19 @@ def load(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    rope_factor: float | None = None,
     skip_tokenizer: bool = False,
     progress: bool = True,
 ) -> LLM:
-    """Reads a checkpoint folder straight into its shards.
+    """Reads a checkpoint straight into its shards.
 
     Args:
-      checkpoint: folder, or "demo" for the small model that comes with the package.
+      checkpoint: folder in any format that `open_checkpoint` knows, name of a repository of the Hugging Face hub such
+        as "meta-llama/Llama-3.2-1B", or "demo" for the small model that comes with the package.
       mesh: from `make_mesh`; default: all devices (`default_mesh`).
       dtype: of weights, activations and cache, such as "float32"; default: the checkpoint's.
       attention: backend; default: cuDNN where it can run the model, else plain JAX.
+      rope_factor: of a Meta checkpoint with scaled rotary embeddings; default: see `meta_config.read_config`.
       skip_tokenizer: prompts will be token ids; the folder needs no tokenizer.
       progress: shows a progress bar on a terminal.
 
@@ -256,8 +259,10 @@ def load(
     """
     folder = checkpoint_folder(checkpoint)
     start = time.perf_counter()
-    source = open_checkpoint(folder)
-    config = LlamaConfig.from_hf(folder, dtype=dtype)
+    source = open_checkpoint(folder, rope_factor=rope_factor)
+    config = source.read_config()
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
     mesh = default_mesh(config) if mesh is None else mesh
     check_mesh(config, mesh)
     _check_dtype(config)
@@ -286,8 +291,8 @@ def _check_dtype(config: LlamaConfig) -> None:
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint; "demo" is the small model that comes with the package."""
-    return DEMO_CHECKPOINT if str(name) == "demo" else Path(name)
+    """The folder of a checkpoint: "demo" is the small model that comes with the package; a hub name is downloaded."""
+    return DEMO_CHECKPOINT if str(name) == "demo" else hub.resolve(name)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from ..checkpoint import save_hf
+from ..checkpoint import save_weights
 from ..config import LlamaConfig
 from ..errors import TrainingError
 from ..json_file import read_json_object
@@ -111,7 +111,7 @@ class RunFolder:
         folder = self.path / f"best-{step}"
         if jax.process_index() == 0:
             _remove(folder)
-        save_hf(weights, config, folder, tokenizer_folder=tokenizer)
+        save_weights(weights, config, folder, tokenizer_folder=tokenizer)
         if jax.process_index() == 0:
             _write_json(self.path / "best.json", {"step": step, "loss": loss, "folder": folder.name})
             for other in self.path.glob("best-*"):

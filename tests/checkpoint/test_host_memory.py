@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sharded_llama.checkpoint.layout import canonical_shapes
-from sharded_llama.checkpoint.safetensors import hf_name, write_safetensors
+from sharded_llama.checkpoint.names import HF_NAMES, to_stored
+from sharded_llama.checkpoint.safetensors import SafetensorsWriter
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.config import LlamaConfig
 
@@ -31,7 +32,7 @@ import jax
 from sharded_llama.config import LlamaConfig
 from sharded_llama.mesh import make_mesh, simulate_cpu_devices
 simulate_cpu_devices(8)
-from sharded_llama.checkpoint import load_weights, open_checkpoint, save_hf
+from sharded_llama.checkpoint import load_weights, open_checkpoint, save_weights
 
 def status(field):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(field + ":")]
@@ -44,7 +45,7 @@ jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
 before = status("VmRSS")
 weights = load_weights(open_checkpoint(stored), config, mesh=mesh, threads=2, max_bytes_in_flight=32 << 20)
 if wanted == "export":
-    save_hf(weights, config, sys.argv[4])
+    save_weights(weights, config, sys.argv[4])
 print(status("VmHWM") - before)
 """
 
@@ -52,8 +53,12 @@ print(status("VmHWM") - before)
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("stored")
-    infos = {hf_name(n): TensorInfo(shape, CONFIG.jnp_dtype) for n, shape in canonical_shapes(CONFIG).items()}
-    write_safetensors(folder / "model.safetensors", infos, (np.zeros(i.shape, i.dtype) for i in infos.values()))
+    shapes = canonical_shapes(CONFIG).items()
+    infos = {to_stored(name, HF_NAMES): TensorInfo(shape, CONFIG.jnp_dtype) for name, shape in shapes}
+    writer = SafetensorsWriter(folder / "model.safetensors", infos)
+    for name, info in infos.items():
+        writer.write(name, np.zeros(info.shape, info.dtype))
+    writer.close()
     return folder, sum(info.nbytes for info in infos.values())
 
 

@@ -17,7 +17,7 @@ import sys
 from sharded_llama.config import LlamaConfig, RopeScaling
 from sharded_llama.errors import CheckpointError
 from sharded_llama.mesh import make_mesh, simulate_cpu_devices, start_distributed
-from sharded_llama.checkpoint import open_checkpoint, save_hf
+from sharded_llama.checkpoint import ExportFormat, open_checkpoint, save_weights
 from sharded_llama.checkpoint.reader import read_weights
 
 address, rank, stored, target, data, config = *sys.argv[1:6], eval(sys.argv[6])
@@ -25,9 +25,9 @@ simulate_cpu_devices(4)
 start_distributed(address, 2, int(rank))
 mesh = make_mesh(int(data), 8 // int(data))
 weights, stats = read_weights(open_checkpoint(stored), config, mesh=mesh)
-save_hf(weights, config, target, max_shard_bytes=60_000)
+save_weights(weights, config, target, ExportFormat("hf", 60_000))
 try:
-    save_hf(weights, config, target)
+    save_weights(weights, config, target)
 except CheckpointError as e:
     print("bytes", stats.nbytes, "refused", e)
 """

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sharded_llama.checkpoint import files, open_checkpoint, safetensors
 from sharded_llama.checkpoint.layout import canonical_shapes
-from sharded_llama.checkpoint.safetensors import canonical_name, hf_name
+from sharded_llama.checkpoint.names import HF_NAMES, META_NAMES, to_canonical, to_stored
 from sharded_llama.errors import CheckpointError
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -40,15 +40,17 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_names_go_both_ways():
     names = list(canonical_shapes(CONFIG.replace(n_layers=12)))
-    assert [canonical_name(hf_name(name)) for name in names] == names
-    assert hf_name("layers.11.w2") == "model.layers.11.mlp.down_proj.weight"
-    assert len({hf_name(name) for name in names}) == len(names)
+    for table in (HF_NAMES, META_NAMES):
+        assert [to_canonical(to_stored(name, table), table) for name in names] == names
+        assert len({to_stored(name, table) for name in names}) == len(names)
+    assert to_stored("layers.11.w2", HF_NAMES) == "model.layers.11.mlp.down_proj.weight"
+    assert to_stored("layers.11.w2", META_NAMES) == "layers.11.feed_forward.w2.weight"
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.self_attn.q_proj.bias", "model.layers.x.mlp.up_proj.weight", "score"])
 def test_unknown_names_stay_as_they_are(name: str):
-    assert canonical_name(name) == name
-    assert hf_name(name) == name
+    assert to_canonical(name, HF_NAMES) == name
+    assert to_stored(name, HF_NAMES) == name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
@@ -254,8 +256,7 @@ def test_a_corrupt_index(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("consolidated.00.pth", "Meta checkpoint"),
-        ("params.json", "Meta checkpoint"),
+        ("other.pth", "not as Meta names them"),
         ("pytorch_model.bin", "pickled PyTorch weights"),
         ("pytorch_model-00001-of-00002.bin", "pickled PyTorch weights"),
         ("model.gguf", "GGUF"),

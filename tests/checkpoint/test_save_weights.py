@@ -15,8 +15,9 @@ from hf_models import CONFIG, State, assert_bits_equal, save_random_model, state
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sharded_llama.checkpoint import export, load_weights, open_checkpoint, save_hf
-from sharded_llama.checkpoint.export import to_hf_dict
+from sharded_llama.checkpoint import export_hf, load_weights, open_checkpoint, save_weights
+from sharded_llama.checkpoint.export import ExportFormat
+from sharded_llama.checkpoint.export_hf import to_hf_dict
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import CheckpointError
 from sharded_llama.mesh import make_mesh
@@ -53,7 +54,7 @@ def test_round_trip(saved, tmp_path: Path, shape: tuple[int, int], max_shard_byt
     original, config, state = saved
     folder = tmp_path / "new" / "model"
     loaded = load_weights(open_checkpoint(original), config, mesh=make_mesh(*shape))
-    save_hf(loaded, config, folder, max_shard_bytes=max_shard_bytes)
+    save_weights(loaded, config, folder, format=ExportFormat("hf", max_shard_bytes))
 
     files = sorted(folder.glob("*.safetensors"))
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -70,7 +71,7 @@ def test_round_trip(saved, tmp_path: Path, shape: tuple[int, int], max_shard_byt
 def test_an_index_has_what_the_files_have(saved, tmp_path: Path):
     original, config, state = saved
     loaded = load_weights(open_checkpoint(original), config, mesh=make_mesh())
-    save_hf(loaded, config, tmp_path / "model", max_shard_bytes=60_000)
+    save_weights(loaded, config, tmp_path / "model", format=ExportFormat("hf", 60_000))
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     found = {}
     for file in (tmp_path / "model").glob("*.safetensors"):
@@ -87,7 +88,7 @@ def test_float64(tmp_path: Path):
         config = CONFIG.replace(dtype="float64")
         state = save_random_model(tmp_path / "a", config)
         loaded = load_weights(open_checkpoint(tmp_path / "a"), config, mesh=make_mesh(1, 8))
-        save_hf(loaded, config, tmp_path / "b")
+        save_weights(loaded, config, tmp_path / "b")
     assert_same_state({k: v.numpy() for k, v in load_file(tmp_path / "b" / "model.safetensors").items()}, state)
 
 
@@ -113,7 +114,7 @@ def test_the_logits_survive(saved, tmp_path: Path):
     """Rotary scaling, eps and head sizes of the exported config give the same model."""
     original, config, _ = saved
     loaded = load_weights(open_checkpoint(original), config, mesh=make_mesh(1, 4))
-    save_hf(loaded, config, tmp_path / "model")
+    save_weights(loaded, config, tmp_path / "model")
     exported = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     reference = transformers.LlamaForCausalLM.from_pretrained(
         original, dtype=torch.float32, config=transformers.LlamaConfig(**to_hf_dict(config))
@@ -127,7 +128,7 @@ def test_the_tokenizer_comes_along(weights: XfmrWeights, tmp_path: Path):
     source.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "other.bin"):
         (source / name).write_text(name)
-    save_hf(weights, CONFIG, tmp_path / "model", tokenizer_folder=source)
+    save_weights(weights, CONFIG, tmp_path / "model", tokenizer_folder=source)
     files = {path.name for path in (tmp_path / "model").iterdir()}
     copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert files == {"model.safetensors", "config.json"} | copied
@@ -137,34 +138,34 @@ def test_the_tokenizer_comes_along(weights: XfmrWeights, tmp_path: Path):
 
 def test_a_folder_without_tokenizer(weights: XfmrWeights, tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        save_hf(weights, CONFIG, tmp_path / "model", tokenizer_folder=tmp_path)
+        save_weights(weights, CONFIG, tmp_path / "model", tokenizer_folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(weights: XfmrWeights, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    save_hf(weights, CONFIG, tmp_path / "empty")
+    save_weights(weights, CONFIG, tmp_path / "empty")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for name in ("full", "empty", "full/notes.txt"):
         with pytest.raises(CheckpointError, match=f"{name} already exists"):
-            save_hf(weights, CONFIG, tmp_path / name)
+            save_weights(weights, CONFIG, tmp_path / name)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
 def test_a_failed_export_leaves_nothing(weights: XfmrWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = export.write_safetensors
+    real = export_hf.SafetensorsWriter
     written = []
 
-    def fail_on_the_third(file: Path, *args) -> None:
+    def fail_on_the_third(file: Path, *args) -> export_hf.SafetensorsWriter:
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        real(file, *args)
         written.append(file)
+        return real(file, *args)
 
-    monkeypatch.setattr(export, "write_safetensors", fail_on_the_third)
+    monkeypatch.setattr(export_hf, "SafetensorsWriter", fail_on_the_third)
     with pytest.raises(CheckpointError, match=r"model: cannot be written: .*No space left"):
-        save_hf(weights, CONFIG, tmp_path / "model", max_shard_bytes=60_000)
+        save_weights(weights, CONFIG, tmp_path / "model", format=ExportFormat("hf", 60_000))
     assert len(written) == 2
     assert not list(tmp_path.iterdir())
 
@@ -179,8 +180,8 @@ from sharded_llama.weights import init_weights
 simulate_cpu_devices(1)
 config = LlamaConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=8, vocab_size=16,
                      norm_eps=1e-5, rope_theta=1e4, dtype="float32")
-export._write_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # the weights are written, config.json is not
-export.save_hf(init_weights(jax.random.key(0), config, mesh=make_mesh()), config, sys.argv[1])
+export.write_json = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # the weights are written, config.json is not
+export.save_weights(init_weights(jax.random.key(0), config, mesh=make_mesh()), config, sys.argv[1])
 """
 
 
@@ -194,13 +195,13 @@ def test_a_killed_export_leaves_nothing_that_loads(weights: XfmrWeights, tmp_pat
     assert "partial" in partial.name
     with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
         transformers.AutoModelForCausalLM.from_pretrained(partial)
-    save_hf(weights, CONFIG, folder)
+    save_weights(weights, CONFIG, folder)
     assert open_checkpoint(folder).tensors
 
 
 def test_weights_keep_no_copy_on_the_host(weights: XfmrWeights, tmp_path: Path):
     """JAX caches what NumPy reads of an array: an export must not leave the whole model on the host."""
-    save_hf(weights, CONFIG, tmp_path / "model")
+    save_weights(weights, CONFIG, tmp_path / "model")
     assert all(array._npy_value is None for array in jax.tree.leaves(weights))
     read = weights.tok_embeddings + 0
     np.asarray(read)
