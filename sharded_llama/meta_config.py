@@ -185,7 +185,7 @@ def to_sidecar(config: LlamaConfig) -> dict[str, Any]:
 
 def _ffn_fields(config: LlamaConfig) -> tuple[int, float | None]:
     """(multiple_of, ffn_dim_multiplier) that give `config.ffn_dim`: a published pair if one does."""
-    published = [(n, m) for m in (None, 1.0, 1.2, 1.3, 1.5) for n in (256, 1024, 4096)]
+    published = [(n, m) for m in (None, 1.0, 1.2, 1.3, 1.5) for n in (4096, 1024, 256)]
     exact = (1, (config.ffn_dim + 0.5) / int(2 * (4 * config.dim) / 3))
     for multiple_of, multiplier in [*published, exact]:
         if ffn_dim(config.dim, multiple_of, multiplier) == config.ffn_dim:

@@ -134,6 +134,7 @@ def open_meta(folder: Path, rope_factor: float | None = None) -> MetaSource:
         )
     except ConfigError as e:
         raise CheckpointError(str(e)) from e
+    _check_number(folder, splits, config)
     tensors = {name: TensorInfo(split.shape, split.parts[0].dtype) for name, split in splits.items()}
     return MetaSource(str(folder), config, tensors, splits)
 
@@ -153,6 +154,17 @@ def _rank_files(folder: Path) -> list[Path]:
     if count > MAX_FILES:
         raise CheckpointError(f"{folder}: has {count} files; checkpoints of 1 to {MAX_FILES} are supported.")
     return [folder / consolidated(rank) for rank in range(count)]
+
+
+def _check_number(folder: Path, splits: Mapping[str, Split], config: LlamaConfig) -> None:
+    """The last files may be missing: the heads of one tell how many there are."""
+    wq = splits.get("layers.0.wq")
+    if wq is None or not wq.parts[0].shape[0]:
+        return
+    count, odd = divmod(config.n_heads * config.head_dim, wq.parts[0].shape[0])
+    missing = [consolidated(rank) for rank in range(len(wq.parts), min(count, MAX_FILES))]
+    if missing and not odd:
+        raise CheckpointError(f"{folder}: has {len(wq.parts)} of {count} files; missing: {shorten(missing)}.")
 
 
 def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) -> dict[str, Split]:
