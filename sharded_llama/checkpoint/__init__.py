@@ -8,11 +8,7 @@ from absl import logging
 from ..errors import CheckpointError
 from .export import FORMATS, ExportFormat, convert, save_weights
 from .meta import is_meta, open_meta
-
-try:
-    from .orbax import is_orbax, open_orbax
-except ImportError:  # TEMPORARY
-    is_orbax = lambda folder: False
+from .orbax import is_orbax, open_orbax
 from .reader import ReadStats, load_weights, read_weights
 from .safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors
 from .source import CheckpointSource, TensorInfo

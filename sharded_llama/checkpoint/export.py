@@ -25,29 +25,7 @@ from ..config import LlamaConfig
 from ..errors import CheckpointError
 from ..hf_config import GENERATION_CONFIG
 from ..json_file import write_json
-
-try:
-    from ..tokenizer import tokenizer_files
-except ImportError:  # TEMPORARY
-
-    def tokenizer_files(folder):
-        return [
-            p
-            for n in (
-                "tokenizer.json",
-                "tokenizer.model",
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-                "added_tokens.json",
-                "vocab.json",
-                "merges.txt",
-                "chat_template.jinja",
-                "chat_template.json",
-            )
-            if (p := Path(folder) / n).is_file()
-        ]
-
-
+from ..tokenizer import tokenizer_files
 from ..weights import XfmrWeights
 from .export_hf import MAX_SHARD_BYTES, hf_writer, to_hf_dict
 from .layout import canonical_shapes, shard_pieces

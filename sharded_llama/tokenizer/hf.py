@@ -34,8 +34,8 @@ class HFTokenizer:
         config_file = file.with_name("tokenizer_config.json")
         config = read_json_object(config_file, TokenizerError) if config_file.exists() else {}
         # Two instances, because recognising special tokens is a setting of the instance, not of the call.
-        self._special = _load(file)
-        self._plain = _twin(self._special) or _load(file)
+        self._special = load_library_tokenizer(file)
+        self._plain = _twin(self._special) or load_library_tokenizer(file)
         self._plain.encode_special_tokens = True
 
         added = self._special.get_added_tokens_decoder()
@@ -55,7 +55,7 @@ class HFTokenizer:
         try:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise RequestError(_why_not_text(text)) from None
+            raise RequestError(why_not_text(text)) from None
         if not bos:
             return ids
         if self.bos_id is None:
@@ -64,10 +64,10 @@ class HFTokenizer:
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        return self._special.decode([_checked_id(i) for i in ids], skip_special_tokens=skip_special)
+        return self._special.decode([checked_id(i) for i in ids], skip_special_tokens=skip_special)
 
     def kind(self, token_id: int) -> TokenKind:
-        token_id = _checked_id(token_id)
+        token_id = checked_id(token_id)
         if token_id in self._byte_ids:
             return TokenKind.BYTE
         if token_id in self._special_ids or self._special.id_to_token(token_id) is None:
@@ -75,7 +75,7 @@ class HFTokenizer:
         return TokenKind.TEXT
 
 
-def _load(file: Path) -> tokenizers.Tokenizer:
+def load_library_tokenizer(file: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises nothing narrower
@@ -125,7 +125,7 @@ def _byte_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
-def _checked_id(token_id: Any) -> int:
+def checked_id(token_id: Any) -> int:
     try:
         checked = operator.index(token_id)
     except TypeError:
@@ -135,7 +135,7 @@ def _checked_id(token_id: Any) -> int:
     return checked
 
 
-def _why_not_text(text: Any) -> str:
+def why_not_text(text: Any) -> str:
     if not isinstance(text, str):
         return f"the text to encode must be a string, not {type(text).__name__}."
     at = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")

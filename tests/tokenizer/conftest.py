@@ -1,10 +1,14 @@
-"""Two small tokenizers with the pipelines of Llama 3 and Llama 2, trained here and saved as checkpoints have them."""
+"""Small tokenizers with the pipelines of Llama 3 and Llama 2, trained here and saved as checkpoints have them."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 12345 o'clock,\n\nand they'll say: hello, hello world!",
@@ -98,3 +102,39 @@ def llama2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(request: pytest.FixtureRequest) -> Path:
     """Each of the two in turn."""
     return request.getfixturevalue(f"{request.param}_folder")
+
+
+@pytest.fixture(scope="session")
+def llama3_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of tiktoken ranks: the vocabulary of `byte_level_tokenizer` without its special tokens."""
+    vocab = byte_level_tokenizer().get_vocab(with_added_tokens=False)
+    byte = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    file = tmp_path_factory.mktemp("meta_llama3") / "tokenizer.model"
+    with open(file, "wb") as stream:
+        for rank, token in enumerate(sorted(vocab, key=vocab.get)):
+            stream.write(b"%s %d\n" % (base64.b64encode(bytes(byte[symbol] for symbol in token)), rank))
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of sentencepiece, trained with the settings of Llama 2's."""
+    lines = [line for text in CORPUS for line in text.replace("\n", "  ").split("  ") if line]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lines, " " * 9 + "x", "  x" * 9] * 2),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=440,
+        character_coverage=0.98,  # so that rarer letters fall back to bytes
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    file = tmp_path_factory.mktemp("meta_llama2") / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return file

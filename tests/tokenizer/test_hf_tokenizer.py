@@ -192,9 +192,6 @@ def test_missing(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="nowhere is not a folder"):
         load_tokenizer(tmp_path / "nowhere")
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(TokenizerError, match=r"only a tokenizer\.model, which is not supported yet"):
-        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "\x00\x01"])

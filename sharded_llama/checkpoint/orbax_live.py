@@ -1,0 +1,180 @@
+"""Saves weights that live on a mesh as an orbax checkpoint, in the background, each process its own share."""
+
+import asyncio
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ..config import LlamaConfig
+from ..errors import CheckpointError
+from ..hf_config import GENERATION_CONFIG
+from ..json_file import write_json
+from ..mesh import check_mesh
+from ..tokenizer import tokenizer_files
+from ..weights import XfmrWeights
+from .export_hf import to_hf_dict
+from .orbax import METADATA, TEMPORARY, WEIGHTS
+from .orbax_save import CHUNK_BYTES, sync, write_metadata
+from .unfuse import unfuse_weights
+
+
+class Saving:
+    """A save under way. Every process must call `wait`; the checkpoint appears then and not before."""
+
+    def __init__(self, folder: Path, partial: Path, config: LlamaConfig, side_files: list[Path]) -> None:
+        self.folder = folder
+        self._partial = partial
+        self._config = config
+        self._side_files = side_files
+        self._handler: Any = None
+        self._futures: list[Any] = []
+        self._failure: Exception | None = None
+        self._finished = False
+
+    def _start(self, tensors: dict[str, Any]) -> None:
+        """Copies this process's share to the host and begins to write it. A failure is kept for `wait`."""
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        try:
+            # Orbax waits for stragglers with a time limit, in which a large model may not be written. Its handler
+            # is used without its checkpointer, and `wait` brings the processes together.
+            self._handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tensors)
+            args = ocp.args.PyTreeSave(tensors, save_args)
+            saving = self._handler.async_save(epath.Path(self._partial / WEIGHTS), args=args)
+            with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop of its own
+                self._futures = pool.submit(asyncio.run, saving).result()
+        except Exception as e:
+            self._failure = e
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint is complete and stands under its name.
+
+        Raises CheckpointError, in every process, when writing failed in any; the folder is removed then. May be
+        called again.
+        """
+        if self._finished:
+            return
+        failure = self._failure
+        for future in self._futures:
+            try:
+                future.result()
+            except Exception as e:
+                failure = e
+        self._agree(failure)
+        failure = None
+        if jax.process_index() == 0:
+            try:
+                self._publish()
+            except Exception as e:
+                failure = e
+        self._agree(failure)
+        self._finished = True
+        logging.info("Saved %s.", self.folder)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raises in every process what went wrong in any. All of them have stopped writing then."""
+        if failure is not None:
+            self._failure = failure
+        try:
+            _agree(failure and f"{self.folder}: cannot be written: {failure}")
+        except CheckpointError as e:
+            self._failure, self._futures = e, []
+            if jax.process_index() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise e from failure
+
+    def _publish(self) -> None:
+        from etils import epath
+
+        item = self._partial / WEIGHTS
+        self._handler.finalize(epath.Path(item))  # joins the databases of the processes
+        # Restored without a target, the arrays shall be plain ones, not look for the devices of this run.
+        tree = json.loads((item / METADATA).read_text())
+        for entry in tree["tree_metadata"].values():
+            entry["value_metadata"] = {"value_type": "np.ndarray", "skip_deserialize": False}
+        (item / "_sharding").unlink(missing_ok=True)
+        write_metadata(item, tree)
+        for file in self._side_files:
+            shutil.copyfile(file, self._partial / file.name)
+        write_json(self._partial / "config.json", to_hf_dict(self._config))
+        for file in [*self._partial.glob("*.*"), self._partial]:
+            sync(file)
+        self._partial.rename(self.folder)
+        sync(self.folder.parent)
+
+
+def save_orbax(
+    weights: XfmrWeights,
+    config: LlamaConfig,
+    folder: str | os.PathLike[str],
+    *,
+    mesh: Mesh,
+    tokenizer_folder: str | os.PathLike[str] | None = None,
+) -> Saving:
+    """Saves `weights` of `config` on `mesh` as the new checkpoint `folder`, in the background.
+
+    Returns once the weights may be donated or changed; `Saving.wait` completes the checkpoint. Of several processes
+    all must call both, and each writes its own share. Until then each device holds its shard of the canonical
+    tensors beside the weights, at most as much again (more only for a tensor that cannot be split, see
+    `unfuse_weights`), and afterwards the host holds this process's share until it is written. The tokenizer and
+    generation_config.json come from `tokenizer_folder`.
+
+    Raises CheckpointError, in every process, when orbax is missing, `folder` exists and is not empty, or
+    `tokenizer_folder` holds no tokenizer; MeshError when `mesh` does not fit.
+    """
+    check_mesh(config, mesh)
+    folder = Path(os.path.abspath(folder))
+    pid = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+    partial = folder.with_name(f"{folder.name}{TEMPORARY}-{pid}")
+    side_files: list[Path] = []
+    problem = None
+    try:
+        _check_orbax()
+        if jax.process_index() == 0:
+            side_files = _prepare(folder, partial, tokenizer_folder)
+    except (OSError, CheckpointError) as e:
+        problem = str(e)
+    _agree(problem)  # is a barrier, too: the folder is there
+    saving = Saving(folder, partial, config, side_files)
+    saving._start(unfuse_weights(weights, config, mesh))
+    return saving
+
+
+def _check_orbax() -> None:
+    try:
+        import orbax.checkpoint  # noqa: F401
+    except ImportError as e:
+        raise CheckpointError(f"orbax checkpoints need a package: pip install 'sharded_llama[orbax]' ({e}).") from e
+
+
+def _prepare(folder: Path, partial: Path, tokenizer_folder: str | os.PathLike[str] | None) -> list[Path]:
+    """Checks and makes the folders; returns the files to copy beside the weights."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} already exists; choose a new folder to save to.")
+    files: list[Path] = []
+    if tokenizer_folder is not None:
+        files = list(tokenizer_files(Path(tokenizer_folder)))
+        if not files:
+            raise CheckpointError(f"{tokenizer_folder} holds no tokenizer.")
+        generation = Path(tokenizer_folder) / GENERATION_CONFIG
+        files += [generation] if generation.is_file() else []
+    (partial / WEIGHTS).mkdir(parents=True)
+    return files
+
+
+def _agree(problem: str | None) -> None:
+    """Raises CheckpointError in every process when one has a problem: going separate ways, some would wait for ever."""
+    found = np.atleast_1d(multihost_utils.process_allgather(np.int32(problem is not None)))
+    if found.any():
+        raise CheckpointError(problem or f"process {int(found.argmax())} could not save; see its message.")
