@@ -17,7 +17,7 @@ import numpy as np
 from .. import meta_config
 from ..config import LlamaConfig
 from ..errors import CheckpointError, ConfigError
-from .files import FileTensor, read_slices
+from .files import FileTensor, read_rows, read_slices
 from .names import META_NAMES, to_canonical, to_stored
 from .pth import read_pth
 from .source import TensorInfo, shorten
@@ -78,6 +78,11 @@ class MetaSource:
                 for i, row in enumerate(range(start, stop))
             )
             return sum(self._read_rows(name, (slice(row, row + 1), slices[1]), place) for row, place in rows)
+        part, first = self._rank(name, start)
+        whole_rows = out.shape[1] == part.shape[1] and out.strides[1] == out.itemsize
+        if whole_rows and out.dtype == part.dtype and first + len(out) <= part.shape[0]:
+            in_file = np.arange(len(out)).reshape(-1, 2, k // 2).swapaxes(1, 2).ravel()
+            return read_rows(part, first, [out[i] for i in in_file], self.stored_name(name))
         interleaved = np.empty(out.shape, out.dtype)
         count = self._read_rows(name, slices, interleaved)
         to, stored = (x.view(f"u{x.dtype.itemsize}") for x in (out, interleaved))
@@ -85,6 +90,12 @@ class MetaSource:
             to[head : head + k // 2] = stored[head : head + k : 2]
             to[head + k // 2 : head + k] = stored[head + 1 : head + k : 2]
         return count
+
+    def _rank(self, name: str, row: int) -> tuple[FileTensor, int]:
+        """The part of a column-parallel matrix that has `row`, and which row of it that is."""
+        parts = self.splits[name].parts
+        rank, local = divmod(row, parts[0].shape[0])
+        return parts[rank], local
 
     def _read_rows(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
         """Reads slices of a tensor in the order of rows that the files have."""

@@ -26,8 +26,9 @@ ZARR2_DTYPES = {
 ZARR3_DTYPES = {dtype.name: dtype for dtype in ZARR2_DTYPES.values()}
 
 MAX_RANK = 8
-# Memory that a chunk may take beyond a multiple of the bytes that are stored of it.
-SLACK_BYTES = 512 << 20
+# A chunk may unpack to this many bytes more than twice what is stored of it: a few bytes can stand for terabytes.
+SLACK_BYTES = 256 << 20
+BOUND_FACTOR = 4  # by which `zstd_bound` may exceed what a part really unpacks to: zstd splits its blocks
 
 ReadAt = Callable[[int, int], bytes]  # offset and size within a stored value -> bytes, fewer at its end
 
@@ -160,7 +161,7 @@ def check_chunk(array: ZarrArray, length: int, at: ReadAt, complete: bool, where
     """
     try:
         for start, size in _parts(array, length, at, complete):
-            limit = SLACK_BYTES + 4 * array.part_bytes
+            limit = max(SLACK_BYTES, BOUND_FACTOR * array.part_bytes)
             if array.zstd and zstd_bound(lambda a, n, start=start: at(start + a, n), size, limit) > limit:
                 raise _Malformed(f"it unpacks to more than {limit} bytes, and should to {array.part_bytes}")
             if not array.zstd and size != array.part_bytes:

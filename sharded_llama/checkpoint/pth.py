@@ -26,19 +26,20 @@ from .files import FileTensor
 from .pickle_tensors import STORAGE_DTYPES, PickledTensor, read_state_dict, show, write_state_dict
 from .source import TensorInfo
 
-# The records of a zip archive, without the versions, dates and attributes: those are written as zeros, as PyTorch does.
+# The records of a zip archive, without versions and dates: those are written as zeros, as PyTorch does.
 LOCAL, LOCAL_SIGNATURE = Struct("<4s2x2H4x3L2H"), b"PK\x03\x04"
-CENTRAL, CENTRAL_SIGNATURE = Struct("<4s4x2H4x3L4H6xL"), b"PK\x01\x02"
+CENTRAL, CENTRAL_SIGNATURE = Struct("<4s4x2H4x3L4H2x2L"), b"PK\x01\x02"
 END, END_SIGNATURE = Struct("<4s4H2LH"), b"PK\x05\x06"
 END64, END64_SIGNATURE = Struct("<4sQ4x2L4Q"), b"PK\x06\x06"
 LOCATOR, LOCATOR_SIGNATURE = Struct("<4sLQL"), b"PK\x06\x07"
 ONES = 0xFFFFFFFF  # of a 32-bit field: the value stands in the zip64 extra field
 ZIP64, PADDING = 1, int.from_bytes(b"FB", "little")  # ids of extra fields; PyTorch pads with the latter
+DIRECTORY = 1 << 4  # attribute
 UTF8, DESCRIPTOR = 1 << 11, 1 << 3  # flags: names are UTF-8; sizes and checksum may follow the data
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the pickled number that files before PyTorch 1.6 begin with
 SAVE_AGAIN = "If you trust it, load it with PyTorch and torch.save its state dict"
-MAX_DIRECTORY_BYTES = 16 << 20  # about 200,000 entries; an entry takes some 400 bytes of memory
+MAX_DIRECTORY_BYTES = 16 << 20  # at most 350,000 entries; one takes some 400 bytes of memory
 MAX_PICKLE_BYTES = 64 << 20
 MAX_RECORD_BYTES = 64
 CHECKSUM_AT = 14  # in a local header
@@ -180,8 +181,8 @@ class _Archive:
             at, end = end, end + CENTRAL.size
             if end > len(data):
                 self.fail("its zip directory ends too early")
-            signature, flags, method, _, packed, size, *lengths, comment_bytes, disk, local = CENTRAL.unpack_from(
-                data, at
+            signature, flags, method, _, packed, size, *lengths, comment_bytes, disk, attributes, local = (
+                CENTRAL.unpack_from(data, at)
             )
             name_end, end = end + lengths[0], end + sum(lengths)
             if signature != CENTRAL_SIGNATURE or end > len(data) or comment_bytes or disk:
@@ -192,6 +193,8 @@ class _Archive:
                 self.fail(f"its entry {_show(name)} lacks its zip64 extra field")
             if flags & ~(UTF8 | DESCRIPTOR):
                 self.fail(f"its entry {_show(name)} is encrypted, or is no plain file")
+            if attributes & DIRECTORY or name.endswith(b"/"):  # PyTorch would read nothing, and use memory as it is
+                self.fail(f"its entry {_show(name)} is a directory")
             headers.append(_Header(local, size, flags, name, method != 0 or packed != size))
         self.check(end == len(data), "its zip directory goes on after its last entry")
         return headers
@@ -401,7 +404,7 @@ class PthWriter:
         size, at = min(self._size, ONES), min(self._at, ONES)
         extra = _zip64([self._size, self._size, self._at])
         sizes = (self._checksum, size, size, len(self._name), len(extra))
-        record = CENTRAL.pack(CENTRAL_SIGNATURE, UTF8, 0, *sizes, 0, 0, at)
+        record = CENTRAL.pack(CENTRAL_SIGNATURE, UTF8, 0, *sizes, 0, 0, 0, at)
         self._directory.append(record + self._name + extra)
 
     def _write_directory(self) -> None:

@@ -27,10 +27,9 @@ from .reads import Bounds, Scratch, Unit, bounds_of, plan_units, read_block, spl
 from .source import CheckpointSource, shorten
 
 THREADS = min(16, max(4, os.cpu_count() or 1))  # an H200's host reads 20 GB/s with 8, 26 with 16
-MAX_BYTES_IN_FLIGHT = 512 << 20
-UNIT_BYTES = (
-    256 << 20
-)  # an array that is larger is assembled on its device: an upload of 1 GB at once is 4 times slower
+UPLOADS = 4  # at once: one alone runs at half of the speed
+MAX_BYTES_IN_FLIGHT = 384 << 20
+UNIT_BYTES = 128 << 20  # larger arrays are assembled on their devices: one large upload is several times slower
 ALIGNMENT = 64  # bytes; JAX on CPU takes an array that is aligned like this as it is, without a copy
 
 
@@ -54,12 +53,12 @@ class _Stored(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """A unit under way: buffers that are being filled."""
+    """A unit under way: buffers that are being filled, and then uploaded."""
 
     stored: _Stored
     unit: Unit
-    buffers: dict[Bounds, np.ndarray]
     reads: list[Future[int]]
+    upload: Future[jax.Array | dict[jax.Device, jax.Array]]
 
     @property
     def host_bytes(self) -> int:
@@ -78,9 +77,9 @@ def load_weights(
     """The weights of `source` on `mesh`, in `config.dtype`.
 
     Every process reads the bytes that the shards of its own devices need, each of them once. Between the files and
-    the devices the host holds at most `max_bytes_in_flight` bytes, or one part of an array (UNIT_BYTES) if that is
-    more, and `threads` times 16 MiB; on CPU, what is read is the array's own memory. `progress` shows a bar when
-    standard error is a terminal. Raises CheckpointError when the checkpoint's tensors are not those of `config`,
+    the devices the host holds at most `max_bytes_in_flight` bytes and one part of an array (UNIT_BYTES) more, and
+    `threads` times 16 MiB; on CPU, what is read is the array's own memory. `progress` shows a bar when standard error
+    is a terminal. Raises CheckpointError when the checkpoint's tensors are not those of `config`,
     before anything is read, and MeshError when the mesh does not fit.
     """
     weights, stats = read_weights(
@@ -117,24 +116,27 @@ def read_weights(
     show = progress and sys.stderr.isatty()
     with (
         ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(UPLOADS) as uploads,
         tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not show) as bar,
     ):
         try:
-            for reading in _read_ahead(plans, source, pool, max_bytes_in_flight):
+            for reading in _read_ahead(plans, source, pool, uploads, max_bytes_in_flight):
                 for read in reading.reads:
                     count = read.result()
                     nbytes += count
                     bar.update(count)
-                if len(reading.stored.units) == 1:
-                    arrays.append(_make_array(reading))
+                uploaded = reading.upload.result()
+                if isinstance(uploaded, jax.Array):
+                    arrays.append(uploaded)
                     continue
-                _assemble(reading, parts)
+                _assemble(reading, uploaded, parts)
                 if reading.unit is reading.stored.units[-1]:
                     spec, sharding, _ = reading.stored
                     arrays.append(jax.make_array_from_single_device_arrays(spec.shape, sharding, [*parts.values()]))
                     parts.clear()
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            uploads.shutdown(cancel_futures=True)
             raise
     return jax.tree.unflatten(tree, arrays), ReadStats(nbytes, time.perf_counter() - start)
 
@@ -177,7 +179,11 @@ def _unit_bytes(mesh: Mesh) -> int | None:
 
 
 def _read_ahead(
-    plans: list[_Stored], source: CheckpointSource, pool: ThreadPoolExecutor, max_bytes: int
+    plans: list[_Stored],
+    source: CheckpointSource,
+    pool: ThreadPoolExecutor,
+    uploads: ThreadPoolExecutor,
+    max_bytes: int,
 ) -> Iterator[_Reading]:
     """The units in order, each when its reads have been handed to the threads, as many ahead as `max_bytes` allow."""
     scratch = Scratch()
@@ -185,20 +191,24 @@ def _read_ahead(
     in_flight = 0
     for stored in plans:
         for unit in stored.units:
-            size = unit.host_bytes(stored.spec.dtype.itemsize)
-            while under_way and in_flight + size > max_bytes:
+            while under_way and in_flight > max_bytes:
                 in_flight -= under_way[0].host_bytes
                 yield under_way.popleft()  # its memory is free when the next one is asked for
-            under_way.append(_start(stored, unit, source, pool, scratch))
-            in_flight += size
+            under_way.append(_start(stored, unit, source, pool, uploads, scratch))
+            in_flight += under_way[-1].host_bytes
     while under_way:
         yield under_way.popleft()
 
 
 def _start(
-    stored: _Stored, unit: Unit, source: CheckpointSource, pool: ThreadPoolExecutor, scratch: Scratch
+    stored: _Stored,
+    unit: Unit,
+    source: CheckpointSource,
+    pool: ThreadPoolExecutor,
+    uploads: ThreadPoolExecutor,
+    scratch: Scratch,
 ) -> _Reading:
-    """Hands the reads of a unit to the threads, in blocks of rows."""
+    """Hands the reads of a unit to the threads, in blocks of rows, and its upload, which waits for them."""
     # Fresh buffers every time: on CPU they become the array's own memory.
     buffers = {
         shard: _aligned_zeros(tuple(b - a for a, b in box), stored.spec.dtype) for shard, box in unit.boxes.items()
@@ -208,7 +218,7 @@ def _start(
         for read in unit.reads
         for box, places in split_rows(read, buffers)
     ]
-    return _Reading(stored, unit, buffers, reads)
+    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, buffers, reads))
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -218,29 +228,38 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _make_array(reading: _Reading) -> jax.Array:
-    """The array that one unit fills. The buffers are free to go when its transfer is done."""
-    spec, sharding, _ = reading.stored
-    return jax.make_array_from_callback(
-        spec.shape, sharding, lambda index: reading.buffers[bounds_of(index, spec.shape)], dtype=spec.dtype
-    ).block_until_ready()
+def _upload(
+    stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]]
+) -> jax.Array | dict[jax.Device, jax.Array]:
+    """The array, when one unit fills it, else what each device has of the unit. The buffers are free to go then."""
+    for read in reads:
+        read.result()
+    spec, sharding, units = stored
+    if len(units) == 1:
+        return jax.make_array_from_callback(
+            spec.shape, sharding, lambda index: buffers[bounds_of(index, spec.shape)], dtype=spec.dtype
+        ).block_until_ready()
+    indices = sharding.addressable_devices_indices_map(spec.shape)
+    uploaded = {
+        device: jax.device_put(buffers[shard], device)
+        for device, index in indices.items()
+        if (shard := bounds_of(index, spec.shape)) in buffers
+    }
+    jax.block_until_ready(list(uploaded.values()))
+    return uploaded
 
 
-def _assemble(reading: _Reading, parts: dict[jax.Device, jax.Array]) -> None:
+def _assemble(reading: _Reading, uploaded: dict[jax.Device, jax.Array], parts: dict[jax.Device, jax.Array]) -> None:
     """Writes a unit into this process's shards on the devices, which the first unit makes."""
     spec, sharding, _ = reading.stored
     shape = sharding.shard_shape(spec.shape)
-    chunks = []
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        shard = bounds_of(index, spec.shape)
         if device not in parts:
             parts[device] = jnp.zeros(shape, spec.dtype, device=device)
-        if shard in reading.unit.boxes:
-            chunks.append(jax.device_put(reading.buffers[shard], device))
-            box = reading.unit.boxes[shard]
-            start = [np.int32(b[0] - s[0]) for b, s in zip(box, shard, strict=True)]
-            parts[device] = _write_part(parts[device], chunks[-1], start)
-    jax.block_until_ready(chunks)
+        if device in uploaded:
+            shard = bounds_of(index, spec.shape)
+            start = [np.int32(b[0] - s[0]) for b, s in zip(reading.unit.boxes[shard], shard, strict=True)]
+            parts[device] = _write_part(parts[device], uploaded[device], start)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

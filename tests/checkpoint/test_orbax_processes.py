@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 from hf_models import CONFIG, assert_bits_equal, expected_weights
 from safetensors.numpy import save_file
 
@@ -34,25 +33,25 @@ from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.checkpoint.orbax import OrbaxSource
 from sharded_llama.checkpoint.orbax_live import save_orbax
 
-address, rank, stored, one, two, data, config = *sys.argv[1:7], eval(sys.argv[7])
+address, rank, stored, one, two, config = *sys.argv[1:6], eval(sys.argv[6])
 simulate_cpu_devices(4)
 start_distributed(address, 2, int(rank))
-mesh = make_mesh(int(data), 8 // int(data))
-weights = load_weights(open_checkpoint(stored), config, mesh=mesh)
-save_orbax(weights, config, two, mesh=mesh).wait()
-
 read, counts = OrbaxSource.read, []
 OrbaxSource.read = lambda *args: counts.append(read(*args)) or counts[-1]
-for folder in (one, two):
-    counts.clear()
-    loaded = load_weights(open_checkpoint(folder), config, mesh=mesh)
-    print("bytes", sum(counts))
-    for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True):
-        for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
-            assert x.index == y.index and np.array_equal(x.data, y.data)
+for data in (1, 2):
+    mesh = make_mesh(data, 8 // data)
+    weights = load_weights(open_checkpoint(stored), config, mesh=mesh)
+    save_orbax(weights, config, f"{two}-{data}", mesh=mesh).wait()
+    for folder in (one, f"{two}-{data}"):
+        counts.clear()
+        loaded = load_weights(open_checkpoint(folder), config, mesh=mesh)
+        print("bytes", sum(counts))
+        for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True):
+            for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
+                assert x.index == y.index and np.array_equal(x.data, y.data)
 
 try:
-    save_orbax(weights, config, two, mesh=mesh)
+    save_orbax(weights, config, f"{two}-1", mesh=mesh)
 except CheckpointError as e:
     print("refused:", e)
 
@@ -69,8 +68,7 @@ except CheckpointError as e:
 """
 
 
-@pytest.mark.parametrize("data", [1, 2])
-def test_two_processes(tmp_path: Path, data: int):
+def test_two_processes(tmp_path: Path):
     rng = np.random.default_rng(0)
     shapes = canonical_shapes(EVEN).items()
     state = {to_stored(name, HF_NAMES): rng.standard_normal(shape).astype(np.float32) for name, shape in shapes}
@@ -81,28 +79,27 @@ def test_two_processes(tmp_path: Path, data: int):
     weights = load_weights(open_checkpoint(tmp_path / "stored"), EVEN, mesh=mesh)
     save_orbax(weights, EVEN, tmp_path / "one", mesh=mesh).wait()
 
-    outputs = run(*(str(tmp_path / name) for name in ("stored", "one", "two")), str(data), repr(EVEN))
+    outputs = run(*(str(tmp_path / name) for name in ("stored", "one", "two")), repr(EVEN))
 
-    assert "two already exists" in outputs[0]
+    assert "two-1 already exists" in outputs[0]
     assert "process 0 could not save" in outputs[1]
     assert "process 1 could not save" in outputs[0]
     assert "two-failed: cannot be written: [Errno 28] No space left on device" in outputs[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "stored", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "stored", "two-1", "two-2"]
 
-    # Each wrote about half. Of what `data` repeats, the replicas share the writing too.
-    written = [sum(f.stat().st_size for f in tmp_path.glob(f"two/weights/ocdbt.process_{i}/d/*")) for i in range(2)]
     size = sum(tensor.nbytes for tensor in state.values())
-    assert all(0.4 * size < count < 0.6 * size for count in written), (written, size)
-    source = open_checkpoint(tmp_path / "two")
-    loaded = load_weights(source, EVEN, mesh=make_mesh(1, 1))
-    jax.tree.map(assert_bits_equal, loaded, expected_weights(state, EVEN, 1))
+    for data in (1, 2):  # each wrote about half: of what `data` repeats, the replicas share the writing too
+        folder = tmp_path / f"two-{data}"
+        written = [sum(f.stat().st_size for f in folder.glob(f"weights/ocdbt.process_{i}/d/*")) for i in range(2)]
+        assert all(0.4 * size < count < 0.6 * size for count in written), (written, size)
+        loaded = load_weights(open_checkpoint(folder), EVEN, mesh=make_mesh(1, 1))
+        jax.tree.map(assert_bits_equal, loaded, expected_weights(state, EVEN, 1))
 
-    counts = [[int(line.split()[1]) for line in output.splitlines() if line.startswith("bytes")] for output in outputs]
-    norms = sum(tensor.nbytes for tensor in state.values() if tensor.ndim == 1)
-    if data == 1:  # half of the model each; both have the norms
-        assert counts == [[(size + norms) // 2] * 2] * 2
-    else:  # a whole replica each
-        assert counts == [[size] * 2] * 2
+    # With one replica, each read half of the model, and both the norms; with two, each read one.
+    half = (size + sum(tensor.nbytes for tensor in state.values() if tensor.ndim == 1)) // 2
+    for output in outputs:
+        counts = [int(line.split()[1]) for line in output.splitlines() if line.startswith("bytes")]
+        assert counts == [half, half, size, size]
 
 
 def run(*arguments: str) -> list[str]:

@@ -565,6 +565,8 @@ DAMAGE = {
     "zero byte": ("central", 53, "B", 0, r"'m/data/\\x00' has a name with a zero"),
     "duplicate": ("central", 53, "B", ord("2"), "'m/data/2' occurs twice"),
     "same but for case": ("central", 48, "4s", b"DATA", "a local header"),
+    "directory": ("central", 38, "<I", 0x10, "'m/data/1' is a directory"),
+    "directory by name": ("central", 53, "B", ord("/"), "'m/data//' is a directory"),
     "comment": ("central", 32, "<H", 1, "its zip directory is damaged at byte"),
     "other disk": ("central", 34, "<H", 1, "its zip directory is damaged at byte"),
     "long name": ("central", 28, "<H", 60000, "its zip directory is damaged at"),
@@ -751,7 +753,7 @@ def test_aliases_share_a_storage(tmp_path: Path, mmap: bool):
         assert_bits_equal(to_numpy(loaded[name]), array)
         assert_bits_equal(read_all(tmp_path / "m.pth")[name], array)
     for aliases in ({"v": "w"}, {"tied": "u"}):
-        with pytest.raises(ValueError, match="cannot be another name of [wu]: the tensors are w, v"):
+        with pytest.raises(ValueError, match=r"cannot be another name of [wu]: the tensors are w, v"):
             PthWriter(tmp_path / "m.pth", infos(arrays), aliases=aliases)
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,16 @@ def run(request: pytest.FixtureRequest, folder: Path, strategy: SearchStrategy[b
 @pytest.fixture(params=[state_dict, views, without_byteorder], ids=lambda f: f.__name__)
 def valid(request: pytest.FixtureRequest) -> bytes:
     return request.param()
+
+
+def test_the_guard_stops_what_hangs_or_takes_memory(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(MemoryError), guarded(1000):
+        np.empty(2 << 30, np.uint8)
+    np.empty(2 << 30, np.uint8)  # afterwards it may
+    monkeypatch.setattr(mutations, "SECONDS", 0.05)
+    with pytest.raises(mutations.Hang), guarded(1000):
+        while True:
+            pass
 
 
 def test_undamaged_files_are_read(valid: bytes, tmp_path: Path):
