@@ -84,14 +84,9 @@ def shard_pieces(config: LlamaConfig, name: str, shape: tuple[int, ...], index: 
     return [piece for piece in pieces if all(s.stop > s.start for s in piece.source)]
 
 
-def chunk_axis(name: str) -> int:
-    """The axis of a stored array along which it is read in parts: the rows of its tensors."""
-    return 1 if name.rpartition(".")[2] == "w13" else 0
-
-
-def chunk_multiple(config: LlamaConfig, name: str, shape: tuple[int, ...]) -> int:
-    """Parts begin at multiples of this, so that the copies of a repeated kv head are in the same one."""
-    return shape[0] // config.n_kv_heads if name.rpartition(".")[2] == "wqkv" else 1
+def part_axis(name: str) -> int:
+    """The axis of a stored array along which it is read in parts: rows of its tensors, heads of wqkv."""
+    return 1 if name.rpartition(".")[2] in ("wqkv", "w13") else 0
 
 
 def _wqkv_pieces(

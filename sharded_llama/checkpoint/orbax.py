@@ -91,7 +91,7 @@ class OrbaxSource:
                 for (start, stop), i, c in zip(bounds, index, tensor.array.chunk, strict=True)
             )
             target = tuple(slice(s.start - a, s.stop - a) for s, (a, _) in zip(box, bounds, strict=True))
-            _copy(self._read_chunk(tensor, name, index, box), out[target])
+            _copy(self._read_chunk(tensor, name, index, box), out[(*target, ...)])  # a view, even of a scalar
         return out.size * tensor.dtype.itemsize
 
     def _read_chunk(self, tensor: OrbaxTensor, name: str, index: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
@@ -184,7 +184,7 @@ def _check_commit(file: Path) -> None:
 def _tensor_names(metadata: dict[str, Any], file: Path) -> list[str]:
     """The arrays of the tree, keys joined by dots as orbax names them."""
     try:
-        names = []
+        names: dict[str, None] = {}
         for entry in metadata["tree_metadata"].values():
             keys = [key["key"] for key in entry["key_metadata"]]
             kind, name = entry["value_metadata"]["value_type"], ".".join(keys)
@@ -195,12 +195,12 @@ def _tensor_names(metadata: dict[str, Any], file: Path) -> list[str]:
             if not is_file_name(name) or name in names:
                 raise CheckpointError(f"{file}: {name!r} is not the name of an array, or stands there twice.")
             name.encode()  # no path otherwise
-            names.append(name)
+            names[name] = None
     except (KeyError, TypeError, AttributeError, UnicodeError) as e:
         raise CheckpointError(f"{file}: its tree_metadata are malformed: {type(e).__name__}: {str(e)[:200]}") from e
     if not names:
         raise CheckpointError(f"{file}: lists no arrays.")
-    return names
+    return list(names)
 
 
 def _open_tensors(
@@ -221,13 +221,10 @@ def _open_tensors(
     # The decoded chunks that neighbouring reads share; of an array in one huge chunk, that chunk.
     cache = min(max(2 * max(array.chunk_bytes for array in arrays.values()), MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}, "file_io_concurrency": {"limit": 16}})
-    opening = {
-        name: ts.open(_spec(item, name, array, ocdbt, complete), context=context) for name, array in arrays.items()
-    }
     tensors = {}
     for name, array in arrays.items():
         try:
-            store = opening[name].result()
+            store = ts.open(_spec(item, name, array, ocdbt, complete), context=context).result()
         except Exception as e:  # tensorstore raises various types for what it cannot open
             raise CheckpointError(f"{item}: tensor {name} cannot be opened: {str(e)[:300]}") from e
         if (store.shape, store.dtype.name) != (array.shape, array.dtype.name):

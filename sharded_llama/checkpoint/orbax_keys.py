@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from .orbax_zarr import is_file_name, zstd_bound
+from .orbax_zarr import MAX_RANK, is_file_name, zstd_bound
 
 MANIFEST = "manifest.ocdbt"
 MAX_NODE_BYTES = 256 << 20  # unpacked; orbax writes nodes of up to 100 MB
@@ -42,7 +42,9 @@ def plain_values(item: Path, names: Iterable[str]) -> dict[str, Value]:
     """The values of a checkpoint without a database: one file each, in a folder for each array of `names`."""
     values = {}
     for name in names:
-        for folder, _, files in os.walk(item / name, onerror=_raise):
+        for folder, subfolders, files in os.walk(item / name, onerror=_raise):
+            if len(Path(folder).parts) - len(item.parts) > MAX_RANK + 1:
+                subfolders.clear()  # no chunk stands as deep as this
             for file in files:
                 path = Path(folder, file)
                 values[path.relative_to(item).as_posix()] = Value(path, 0, file_size(path))
@@ -75,7 +77,10 @@ class _Database:
         import tensorstore as ts
 
         self._item = item
-        self._base = ts.KvStore.open({"driver": "file", "path": f"{item}/"}).result()
+        try:
+            self._base = ts.KvStore.open({"driver": "file", "path": f"{item}/"}).result()
+        except Exception as e:  # tensorstore raises various types, as for a path that is not UTF-8
+            raise CheckpointError(f"{item}: cannot be opened: {str(e)[:300]}") from e
         self._sizes: dict[str, int] = {}
         self._seen: set[str] = set()
         self._dump = ts.ocdbt.dump

@@ -37,17 +37,19 @@ class Saving:
         self._side_files = side_files
         self._handler: Any = None
         self._futures: list[Any] = []
-        self._failure: Exception | None = None
+        self._failure: Exception | None = None  # of this process
+        self._error: CheckpointError | None = None  # of the save, which every process knows
         self._finished = False
 
-    def _start(self, tensors: dict[str, Any]) -> None:
-        """Copies this process's share to the host and begins to write it. A failure is kept for `wait`."""
+    def _start(self, weights: XfmrWeights, mesh: Mesh) -> None:
+        """Copies this process's part to the host and begins to write it. A failure is kept for `wait`."""
         import orbax.checkpoint as ocp
         from etils import epath
 
         try:
             # Orbax waits for stragglers with a time limit, in which a large model may not be written. Its handler
             # is used without its checkpointer, and `wait` brings the processes together.
+            tensors = unfuse_weights(weights, self._config, mesh)
             self._handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tensors)
             args = ocp.args.PyTreeSave(tensors, save_args)
@@ -65,6 +67,8 @@ class Saving:
         """
         if self._finished:
             return
+        if self._error:
+            raise self._error
         failure = self._failure
         for future in self._futures:
             try:
@@ -72,24 +76,22 @@ class Saving:
             except Exception as e:
                 failure = e
         self._agree(failure)
-        failure = None
         if jax.process_index() == 0:
             try:
                 self._publish()
             except Exception as e:
                 failure = e
         self._agree(failure)
+        self._handler.close()
         self._finished = True
         logging.info("Saved %s.", self.folder)
 
     def _agree(self, failure: Exception | None) -> None:
         """Raises in every process what went wrong in any. All of them have stopped writing then."""
-        if failure is not None:
-            self._failure = failure
         try:
             _agree(failure and f"{self.folder}: cannot be written: {failure}")
         except CheckpointError as e:
-            self._failure, self._futures = e, []
+            self._error = e
             if jax.process_index() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise e from failure
@@ -125,10 +127,11 @@ def save_orbax(
     """Saves `weights` of `config` on `mesh` as the new checkpoint `folder`, in the background.
 
     Returns once the weights may be donated or changed; `Saving.wait` completes the checkpoint. Of several processes
-    all must call both, and each writes its own share. Until then each device holds its shard of the canonical
-    tensors beside the weights, at most as much again (more only for a tensor that cannot be split, see
-    `unfuse_weights`), and afterwards the host holds this process's share until it is written. The tokenizer and
-    generation_config.json come from `tokenizer_folder`.
+    all must call both, and each writes its own part to the file system that they share.
+
+    Until it returns, each device holds its shard of the canonical tensors beside the weights: as much again at most
+    (more only of a tensor that cannot be split, see `unfuse_weights`). Then the host holds this process's part until
+    it is written. The tokenizer and generation_config.json come from `tokenizer_folder`.
 
     Raises CheckpointError, in every process, when orbax is missing, `folder` exists and is not empty, or
     `tokenizer_folder` holds no tokenizer; MeshError when `mesh` does not fit.
@@ -147,7 +150,7 @@ def save_orbax(
         problem = str(e)
     _agree(problem)  # is a barrier, too: the folder is there
     saving = Saving(folder, partial, config, side_files)
-    saving._start(unfuse_weights(weights, config, mesh))
+    saving._start(weights, mesh)
     return saving
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from ..config import LlamaConfig
@@ -22,14 +22,14 @@ from ..errors import CheckpointError
 from ..mesh import check_mesh
 from ..sharding import MODEL, named_sharding
 from ..weights import WeightSpec, XfmrWeights, weight_specs
-from .layout import canonical_shapes
+from .layout import canonical_shapes, part_axis
 from .reads import Bounds, Scratch, Unit, bounds_of, plan_units, read_block, split_rows
 from .source import CheckpointSource, shorten
 
 THREADS = min(16, max(4, os.cpu_count() or 1))  # an H200's host reads 20 GB/s with 8, 26 with 16
 UPLOADS = 4  # at once: one alone runs at half of the speed
 MAX_BYTES_IN_FLIGHT = 384 << 20
-UNIT_BYTES = 128 << 20  # larger arrays are assembled on their devices: one large upload is several times slower
+UNIT_BYTES = 64 << 20  # larger arrays are assembled on their devices: one large upload is several times slower
 ALIGNMENT = 64  # bytes; JAX on CPU takes an array that is aligned like this as it is, without a copy
 
 
@@ -49,6 +49,7 @@ class _Stored(NamedTuple):
 
     spec: WeightSpec
     sharding: NamedSharding
+    axis: int  # along which the units follow one another
     units: list[Unit]
 
 
@@ -58,7 +59,7 @@ class _Reading(NamedTuple):
     stored: _Stored
     unit: Unit
     reads: list[Future[int]]
-    upload: Future[jax.Array | dict[jax.Device, jax.Array]]
+    upload: Future[jax.Array]
 
     @property
     def host_bytes(self) -> int:
@@ -112,7 +113,6 @@ def read_weights(
     total = sum(read.nbytes(source) for stored in plans for unit in stored.units for read in unit.reads)
     start, nbytes = time.perf_counter(), 0
     arrays: list[jax.Array] = []
-    parts: dict[jax.Device, jax.Array] = {}  # of the array that is being assembled
     show = progress and sys.stderr.isatty()
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -125,15 +125,13 @@ def read_weights(
                     count = read.result()
                     nbytes += count
                     bar.update(count)
-                uploaded = reading.upload.result()
-                if isinstance(uploaded, jax.Array):
-                    arrays.append(uploaded)
+                stored, unit, part = reading.stored, reading.unit, reading.upload.result()
+                if len(stored.units) == 1:
+                    arrays.append(part)
                     continue
-                _assemble(reading, uploaded, parts)
-                if reading.unit is reading.stored.units[-1]:
-                    spec, sharding, _ = reading.stored
-                    arrays.append(jax.make_array_from_single_device_arrays(spec.shape, sharding, [*parts.values()]))
-                    parts.clear()
+                if unit is stored.units[0]:
+                    arrays.append(_empty(stored))
+                arrays[-1] = _write_part(arrays[-1], part, np.int32(unit.start), stored.axis, stored.sharding)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             uploads.shutdown(cancel_futures=True)
@@ -169,7 +167,8 @@ def _plan(config: LlamaConfig, mesh: Mesh) -> tuple[list[_Stored], jax.tree_util
     for path, spec in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         sharding = named_sharding(mesh, spec.name)
-        plans.append(_Stored(spec, sharding, plan_units(config, name, spec, sharding, _unit_bytes(mesh))))
+        units = plan_units(config, name, spec, sharding, _unit_bytes(mesh))
+        plans.append(_Stored(spec, sharding, part_axis(name), units))
     return plans, tree
 
 
@@ -218,7 +217,7 @@ def _start(
         for read in unit.reads
         for box, places in split_rows(read, buffers)
     ]
-    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, buffers, reads))
+    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, unit, buffers, reads))
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -228,40 +227,34 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _upload(
-    stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]]
-) -> jax.Array | dict[jax.Device, jax.Array]:
-    """The array, when one unit fills it, else what each device has of the unit. The buffers are free to go then."""
+def _upload(stored: _Stored, unit: Unit, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]]) -> jax.Array:
+    """The unit as an array of its own, with the sharding of the whole one. The buffers are free to go then."""
     for read in reads:
         read.result()
-    spec, sharding, units = stored
-    if len(units) == 1:
-        return jax.make_array_from_callback(
-            spec.shape, sharding, lambda index: buffers[bounds_of(index, spec.shape)], dtype=spec.dtype
-        ).block_until_ready()
-    indices = sharding.addressable_devices_indices_map(spec.shape)
-    uploaded = {
-        device: jax.device_put(buffers[shard], device)
-        for device, index in indices.items()
-        if (shard := bounds_of(index, spec.shape)) in buffers
-    }
-    jax.block_until_ready(list(uploaded.values()))
-    return uploaded
+    spec, sharding, axis, _ = stored
+    rows, part_rows = sharding.shard_shape(spec.shape)[axis], next(iter(buffers.values())).shape[axis]
+    shape = tuple(n // rows * part_rows if i == axis else n for i, n in enumerate(spec.shape))
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        shard = list(bounds_of(index, shape))
+        shard[axis] = tuple(n // part_rows * rows for n in shard[axis])
+        return buffers[tuple(shard)]
+
+    return jax.make_array_from_callback(shape, sharding, part, dtype=spec.dtype).block_until_ready()
 
 
-def _assemble(reading: _Reading, uploaded: dict[jax.Device, jax.Array], parts: dict[jax.Device, jax.Array]) -> None:
-    """Writes a unit into this process's shards on the devices, which the first unit makes."""
-    spec, sharding, _ = reading.stored
-    shape = sharding.shard_shape(spec.shape)
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        if device not in parts:
-            parts[device] = jnp.zeros(shape, spec.dtype, device=device)
-        if device in uploaded:
-            shard = bounds_of(index, spec.shape)
-            start = [np.int32(b[0] - s[0]) for b, s in zip(reading.unit.boxes[shard], shard, strict=True)]
-            parts[device] = _write_part(parts[device], uploaded[device], start)
+@functools.partial(jax.jit, static_argnames=("axis", "sharding"), donate_argnums=0)
+def _write_part(array: jax.Array, part: jax.Array, start: jax.Array, axis: int, sharding: NamedSharding) -> jax.Array:
+    """Writes a unit into every shard of `array`, in place, without communication."""
+    spec = sharding.spec
+    return jax.shard_map(
+        functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis),
+        mesh=sharding.mesh,
+        in_specs=(spec, spec, P()),
+        out_specs=spec,
+    )(array, part, start)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_part(array: jax.Array, part: jax.Array, start: list[jax.Array]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(array, part, start)
+def _empty(stored: _Stored) -> jax.Array:
+    zeros = functools.partial(jnp.zeros, stored.spec.shape, stored.spec.dtype)
+    return jax.jit(zeros, out_shardings=stored.sharding)()

@@ -1,7 +1,7 @@
 """What a process reads: each byte that its shards need, once, and then copied wherever it has to go.
 
-A stored array is read in units that bound how much of it the host holds. The shards of a unit that need the same
-part of a tensor (a kv head that is repeated), or neighbouring columns of it (wo, w2), share one read.
+A stored array is read in units that bound how much of it the host holds: the same part of each of its shards. Where
+shards need the same part of a tensor (a kv head that is repeated), or neighbouring columns (wo, w2), they share a read.
 """
 
 import math
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from ..config import LlamaConfig
 from ..weights import WeightSpec
-from .layout import Index, Piece, chunk_axis, chunk_multiple, shard_pieces
+from .layout import Index, Piece, part_axis, shard_pieces
 from .source import CheckpointSource
 
 BLOCK_BYTES = 16 << 20  # of one thread at once: a large tensor keeps all threads busy
@@ -42,8 +42,9 @@ class Read(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A part of a stored array: the box of it that each shard of this process has, and the reads that fill them."""
+    """A part of every shard of a stored array that this process has, and the reads that fill it."""
 
+    start: int  # of the part in a shard, along `part_axis`
     boxes: dict[Bounds, Bounds]  # by shard; both in indices of the whole array
     reads: list[Read]
 
@@ -61,31 +62,27 @@ def plan_units(
     """The units, of about `unit_bytes` each (None: one), that fill this process's shards of the stored array `name`."""
     indices = sharding.addressable_devices_indices_map(spec.shape).values()
     shards = list(dict.fromkeys(bounds_of(index, spec.shape) for index in indices))
-    axis, multiple = chunk_axis(name), chunk_multiple(config, name, spec.shape)
-    step = spec.shape[axis]
+    axis, shard_shape = part_axis(name), sharding.shard_shape(spec.shape)
+    rows = shard_shape[axis]
+    step = rows
     if unit_bytes is not None:
-        size = sum(math.prod(b - a for a, b in shard) for shard in shards) * spec.dtype.itemsize
-        rows = len({i for shard in shards for i in range(*shard[axis])})
-        step = _even_step(rows, -(-size // unit_bytes), multiple)
+        step = _even_step(rows, -(-len(shards) * math.prod(shard_shape) * spec.dtype.itemsize // unit_bytes))
     units = []
-    for start in range(0, spec.shape[axis], step):
-        boxes = {s: box for s in shards if (box := _clip(s, axis, start, start + step)) is not None}
-        if boxes:
-            units.append(Unit(boxes, _merge(config, name, spec.shape, boxes)))
+    for start in range(0, rows, step):
+        boxes = {shard: _part(shard, axis, start, step) for shard in shards}
+        units.append(Unit(start, boxes, _merge(config, name, spec.shape, boxes)))
     return units
 
 
-def _even_step(rows: int, parts: int, multiple: int) -> int:
-    """Rows of a part when `rows` are split into `parts` or a few more, evenly where that can be, in whole multiples."""
-    parts = min(parts, max(1, rows // multiple))
-    even = (rows // n for n in range(parts, 2 * parts) if rows % n == 0 and rows // n % multiple == 0)
-    step = next(even, -(-rows // parts))
-    return -(-step // multiple) * multiple
+def _even_step(rows: int, parts: int) -> int:
+    """Rows of a part when `rows` are split into `parts`, or into a few more where these are equal."""
+    parts = min(parts, rows)
+    return next((rows // n for n in range(parts, 2 * parts) if rows % n == 0), rows // parts)
 
 
-def _clip(shard: Bounds, axis: int, start: int, stop: int) -> Bounds | None:
-    start, stop = max(start, shard[axis][0]), min(stop, shard[axis][1])
-    return (*shard[:axis], (start, stop), *shard[axis + 1 :]) if start < stop else None
+def _part(shard: Bounds, axis: int, start: int, step: int) -> Bounds:
+    first, stop = shard[axis]
+    return (*shard[:axis], (first + start, min(first + start + step, stop)), *shard[axis + 1 :])
 
 
 def _merge(config: LlamaConfig, name: str, shape: tuple[int, ...], boxes: dict[Bounds, Bounds]) -> list[Read]:

@@ -169,6 +169,12 @@ def test_a_tree_with_lists(tmp_path: Path):
     )
 
 
+def test_a_scalar(tmp_path: Path):
+    for layout in LAYOUTS:
+        save_item(tmp_path / layout, {"scale": np.array(3.5, np.float32)}, layout)
+        assert_tensors_equal(read_all(open_orbax(tmp_path / layout)), {"scale": np.array(3.5, np.float32)})
+
+
 def test_a_tree_with_something_else(tmp_path: Path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "item", {"norm": np.ones(3, np.float32), "step": 3})
@@ -358,6 +364,18 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, name: str):
     os.mkfifo(tmp_path / "item" / name)  # reading it would never end
     with pytest.raises(CheckpointError, match=rf"{name}: is not a regular file"):
         open_orbax(tmp_path / "item")
+
+
+def test_folders_without_end(files: Path):
+    """Deeper than Python's stack."""
+    deep = str(files / "norm")
+    for _ in range(1100):
+        deep += "/x"
+        os.mkdir(deep)
+    try:
+        assert_tensors_equal(read_all(open_orbax(files)), TENSORS)
+    finally:
+        os.removedirs(deep)
 
 
 @pytest.mark.parametrize("target", ["../secret", "/etc/passwd", "d/../../secret", "./d", "%2e%2e/secret"])

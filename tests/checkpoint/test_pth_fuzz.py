@@ -110,8 +110,7 @@ def test_the_guard_stops_what_hangs_or_takes_memory(monkeypatch: pytest.MonkeyPa
     np.empty(2 << 30, np.uint8)  # afterwards it may
     monkeypatch.setattr(mutations, "SECONDS", 0.05)
     with pytest.raises(mutations.Hang), guarded(1000):
-        while True:
-            pass
+        all(iter(lambda: 1, 0))  # without an end
 
 
 def test_undamaged_files_are_read(valid: bytes, tmp_path: Path):
