@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "sharded_llama/__init__.p
 
 ORBAX = ["orbax-checkpoint>=0.12.4"]
 META = ["sentencepiece>=0.2", "tiktoken>=0.9"]  # the tokenizers of Meta's checkpoints
-HUB = ["huggingface_hub>=1.0"]
+HUB = ["huggingface_hub>=1.33"]
 TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", *ORBAX]
 LINT = ["ruff==0.17.6"]  # exact: another version formats differently
 
@@ -53,6 +53,7 @@ setup(
             *LINT,
             "build>=1.2",
             "hypothesis>=6.100",
+            "protobuf>=5",  # sentencepiece trains and describes models with it
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "safetensors>=0.5",

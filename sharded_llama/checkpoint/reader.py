@@ -217,7 +217,7 @@ def _start(
         for read in unit.reads
         for box, places in split_rows(read, buffers)
     ]
-    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, unit, buffers, reads))
+    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, buffers, reads, jax.config.jax_enable_x64))
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -227,8 +227,11 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _upload(stored: _Stored, unit: Unit, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]]) -> jax.Array:
-    """The unit as an array of its own, with the sharding of the whole one. The buffers are free to go then."""
+def _upload(stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]], x64: bool) -> jax.Array:
+    """The unit as an array of its own, with the sharding of the whole one. The buffers are free to go then.
+
+    Runs in a thread of its own, which has none of the caller's settings of JAX: `x64` is the one that matters.
+    """
     for read in reads:
         read.result()
     spec, sharding, axis, _ = stored
@@ -240,7 +243,8 @@ def _upload(stored: _Stored, unit: Unit, buffers: dict[Bounds, np.ndarray], read
         shard[axis] = tuple(n // part_rows * rows for n in shard[axis])
         return buffers[tuple(shard)]
 
-    return jax.make_array_from_callback(shape, sharding, part, dtype=spec.dtype).block_until_ready()
+    with jax.enable_x64(x64):
+        return jax.make_array_from_callback(shape, sharding, part, dtype=spec.dtype).block_until_ready()
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "sharding"), donate_argnums=0)

@@ -2,12 +2,14 @@
 
 A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape, byte range),
 and the tensors' bytes (https://huggingface.co/docs/safetensors). Headers are checked completely when a
-checkpoint is opened; tensor bytes are read by slice, and only those that are asked for.
+checkpoint is opened, at least as strictly as by the reference implementation; tensor bytes are read by slice, and only
+those that are asked for.
 """
 
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,12 @@ DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation: a corrupt length must not ask for memory
+METADATA = "__metadata__"  # of a header: free text, strings by name
+ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+
+MAX_HEADER_BYTES = 16 << 20  # some 100,000 tensors. The reference has 100 MB, but parsing can take 30 times the memory
+MAX_DIMS = 32  # what every NumPy can hold
+MAX_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,11 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
 def _read_shards(index: Path) -> dict[str, FileTensor]:
     """The tensors of all the files that an index names."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        with open(index, "rb") as f:
+            text = f.read(MAX_HEADER_BYTES + 1)
+        if len(text) > MAX_HEADER_BYTES:
+            raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
+        weight_map = _parse_json(text)["weight_map"]
         names_of: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             if not _is_derived(name):
@@ -87,12 +98,15 @@ def _read_shards(index: Path) -> dict[str, FileTensor]:
     except OSError as e:
         raise CheckpointError(f"{index}: cannot be read: {e.strerror}.") from e
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index}: is not an index: it needs a weight_map of tensor name -> file name.") from e
+        problem = f" ({e})" if isinstance(e, ValueError) else ""
+        raise CheckpointError(
+            f"{index}: is not an index: it needs a weight_map of tensor name -> file name{problem}."
+        ) from e
     for file in names_of:
         # A name, not a path: an index must not reach outside its folder.
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors file beside it.")
-    missing = [file for file in sorted(names_of) if not (index.parent / file).is_file()]
+    missing = [file for file in sorted(names_of) if not os.path.isfile(index.parent / file)]
     if missing:
         raise CheckpointError(f"{index.parent}: {len(missing)} of {len(names_of)} shards missing: {shorten(missing)}.")
     tensors: dict[str, FileTensor] = {}
@@ -112,6 +126,31 @@ def _is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def _parse_json(data: bytes) -> Any:
+    """JSON as the reference implementation's parser takes it, which is stricter than Python's.
+
+    Names that occur twice, which it takes in part, are refused as well: readers differ in which one counts. Raises
+    ValueError, or RecursionError for what is nested too deeply.
+    """
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()  # no half of a character
+        names = dict(pairs)
+        if len(names) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return names
+
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is not JSON")
+
+    return json.loads(
+        data.decode(),
+        object_pairs_hook=checked,
+        parse_constant=refuse,
+        parse_int=lambda text: -0.0 if text == "-0" else int(text),  # it is no whole number there
+    )
+
+
 def read_header(file: Path) -> dict[str, FileTensor]:
     """The tensors of one safetensors file by stored name, without derived buffers.
 
@@ -125,7 +164,10 @@ def read_header(file: Path) -> dict[str, FileTensor]:
                 raise CheckpointError(f"{file}: is not a safetensors file: {size} bytes, header length {length}.")
             if 8 + length > size:
                 raise CheckpointError(f"{file}: is truncated within its header: {size} bytes of {8 + length} or more.")
-            header = json.loads(f.read(length).decode())
+            text = f.read(length)
+        if text[:1].isspace():
+            raise ValueError("it begins with white space")
+        header = _parse_json(text)
     except OSError as e:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}.") from e
     except (ValueError, RecursionError) as e:
@@ -134,7 +176,10 @@ def read_header(file: Path) -> dict[str, FileTensor]:
         raise CheckpointError(f"{file}: its header is not JSON: {e}") from e
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its header is not a JSON object.")
-    header.pop("__metadata__", None)
+    metadata = header.pop(METADATA, None)
+    strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not strings:
+        raise CheckpointError(f"{file}: its {METADATA} is not an object of strings: {reprlib.repr(metadata)}.")
     tensors = {name: _parse_entry(file, 8 + length, name, entry) for name, entry in header.items()}
     _check_layout(file, 8 + length, size, tensors)
     return {name: tensor for name, tensor in tensors.items() if not _is_derived(name)}
@@ -143,10 +188,13 @@ def read_header(file: Path) -> dict[str, FileTensor]:
 def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTensor:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if type(code) is not str or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        sizes = (*shape, begin, end)
+        if type(code) is not str or entry.keys() != ENTRY_FIELDS or len(shape) > MAX_DIMS:
+            raise ValueError
+        if not all(type(n) is int and 0 <= n <= MAX_INTEGER for n in sizes):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{file}: tensor {name} has a malformed header entry: {str(entry)[:200]}.") from e
+        raise CheckpointError(f"{file}: tensor {name} has a malformed header entry: {reprlib.repr(entry)}.") from e
     if code not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {code}, which is not supported; {', '.join(DTYPES)} are. "
@@ -158,6 +206,8 @@ def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTens
             f"{file}: tensor {name} of {code} {shape} needs {math.prod(shape) * dtype.itemsize} bytes, "
             f"but the header gives it {end - begin}."
         )
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize > MAX_INTEGER:  # NumPy has no such empty arrays
+        raise CheckpointError(f"{file}: tensor {name} has shape {shape}, which is too large.")
     return FileTensor(shape, dtype, file, data_start + begin)
 
 

@@ -1,0 +1,74 @@
+"""The convert launcher as a user meets it: the demo checkpoint through every format, and one message for a mistake."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(launcher: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"launch.{launcher}", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+def generate(checkpoint: str | Path, mesh: str) -> str:
+    flags = ["--simulate_devices=4", f"--mesh={mesh}", "--prompt=ROMEO:", "--max_new_tokens=12", "--temperature=0"]
+    done = run("generate", f"--checkpoint={checkpoint}", "--dtype=float32", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_through_every_format(tmp_path: Path):
+    """Converted on and on, it writes the same text; the closing lines say what was done."""
+    text, source = generate("demo", "data:1,model:1"), "demo"
+    for format, mesh in (("meta", "data:1,model:4"), ("orbax", "data:2,model:2"), ("hf", "data:1,model:2")):
+        output = tmp_path / format
+        done = run("convert", f"--checkpoint={source}", f"--output={output}", f"--format={format}", "--verify")
+        assert done.returncode == 0, done.stderr
+        first, second = done.stdout.splitlines()
+        assert re.fullmatch(
+            r"Converted 56 tensors, 9,378,304 bytes in [\d.]+ s \([\d.]+ GB/s\), peak host memory 0\.\d+ GB: .*", first
+        )
+        assert second.startswith("Verified 56 tensors: the same bits as in ")
+        assert "Converting" not in done.stderr, "no progress bar in a pipe"
+        assert generate(output, mesh) == text
+        source = output
+    inspected = run("convert", f"--inspect={tmp_path / 'meta'}", "--mesh=data:1,model:8")
+    assert inspected.returncode == 0, inspected.stderr
+    assert (
+        f"{tmp_path / 'meta'}: Meta\n57 tensors (57 bfloat16), 9,902,592 bytes, 4,689,152 parameters"
+        in inspected.stdout
+    )
+    assert "Each of 8 devices of data:1,model:8 holds 1,276,416 bytes" in inspected.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint=demo"], "nothing to do: give --output=NEW_FOLDER and --format=hf|meta|orbax, or"),
+        (["--checkpoint=demo", "--output=/tmp", "--format=hf"], "/tmp already exists; choose a new folder"),
+        (["--output=/tmp/x", "--format=hf"], "no checkpoint: give --checkpoint=FOLDER"),
+        (["--checkpoint=demo", "--output=/tmp/x", "--format=hf", "--max_shard_size=5 gigs"], "such as 500MB, 5GB"),
+        (["--checkpoint=demo", "--output=/tmp/x", "--format=meta", "--meta_files=3"], "Numbers that can: 1, 2, 4."),
+        (["--checkpoint=demo", "--output=/tmp/x", "--format=hf", "--rope_factor=8"], "a rope factor was given, but"),
+        (["--inspect=./nowhere"], "nowhere is not a folder"),
+        (["--inspect=demo", "--mesh=data:1,model:3"], "Sizes that work: 1, 2, 4, 8."),
+    ],
+)  # fmt: skip
+def test_mistakes(flags: list[str], message: str):
+    done = run("convert", *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not Path("/tmp/x").exists()
+
+
+def test_a_format_that_is_not_known():
+    done = run("convert", "--checkpoint=demo", "--output=/tmp/x", "--format=gguf")
+    assert done.returncode == 1
+    assert "should be one of <hf|meta|orbax>" in done.stderr
