@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import meta_models
 import pytest
 from hf_models import CONFIG, assert_bits_equal, save_random_model, to_numpy
+from meta_models import save_meta
 from safetensors.torch import load_file
 
+from sharded_llama.config import LlamaConfig
+
+META = meta_models.CONFIG.replace(dtype="bfloat16")
 EVEN = CONFIG.replace(vocab_size=128, ffn_dim=96, dtype="bfloat16")
 
 SCRIPT = """
@@ -33,13 +38,17 @@ except CheckpointError as e:
 """
 
 
-@pytest.mark.parametrize("data", [1, 4])
-def test_two_processes(tmp_path: Path, data: int):
-    save_random_model(tmp_path / "stored", EVEN)
+@pytest.mark.parametrize(("data", "config"), [(1, EVEN), (4, EVEN), (1, META)], ids=["model", "data", "meta"])
+def test_two_processes(tmp_path: Path, data: int, config: LlamaConfig):
+    state = save_random_model(tmp_path / "hf", config)
+    folder = tmp_path / "hf"
+    if config is META:
+        folder = tmp_path / "meta"
+        save_meta(folder, state, config, files=4)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    arguments = [str(tmp_path / "stored"), str(tmp_path / "exported"), str(data), repr(EVEN)]
+    arguments = [str(folder), str(tmp_path / "exported"), str(data), repr(config)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, address, str(rank), *arguments],
@@ -59,7 +68,7 @@ def test_two_processes(tmp_path: Path, data: int):
     assert "exported already exists" in outputs[0][0]
     assert "the first process could not export" in outputs[1][0]
 
-    stored = load_file(tmp_path / "stored" / "model.safetensors")
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
     files = sorted((tmp_path / "exported").glob("*.safetensors"))
     exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert len(files) > 1
