@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
+import reprlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,24 +17,36 @@ from .errors import ConfigError
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def check_count(name: str, value: Any) -> None:
+# Far beyond any model: what a broken file says must not ask for endless lists or overflow.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000
+
+
+def check_count(name: str, value: Any, limit: int = MAX_SIZE) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+    if value > limit:
+        raise ConfigError(f"{name}={reprlib.repr(value)} must be at most {limit}.")
 
 
 def check_positive(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:  # a whole number may be beyond that
         raise ConfigError(f"{name}={value!r} must be a finite number greater than 0.")
 
 
 @contextlib.contextmanager
 def naming(place: Path | str) -> Iterator[None]:
-    """Puts the file or field that holds the mistake before the message of a ConfigError."""
+    """Puts the file or field that holds the mistake before the message of a ConfigError.
+
+    What is nested too deeply to be shown in a message becomes such an error as well.
+    """
     try:
         yield
     except ConfigError as e:
         raise ConfigError(f"{place}: {e}") from None
+    except RecursionError:
+        raise ConfigError(f"{place}: has a value that is nested too deeply.") from None
 
 
 def _check_fields(cls: type, given: Iterable[str], where: str) -> None:
@@ -93,7 +106,8 @@ class LlamaConfig:
     dtype: str = "bfloat16"  # of weights, activations and cache
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+        check_count("n_layers", self.n_layers, MAX_LAYERS)
+        for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
             check_count(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta"):
             check_positive(name, getattr(self, name))

@@ -68,9 +68,10 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not file.is_file():
         return {"do_sample": False}
     raw = read_json_object(file)
-    for name, neutral in hf_fields.GENERATION_NEUTRAL.items():
-        if raw.get(name) is not None and raw[name] not in neutral:
-            logger.warning("%s: %s=%r is not supported and has no effect.", file, name, raw[name])
+    with naming(file):
+        for name, neutral in hf_fields.GENERATION_NEUTRAL.items():
+            if raw.get(name) is not None and raw[name] not in neutral:
+                logger.warning("%s: %s=%r is not supported and has no effect.", file, name, raw[name])
     if raw.get("do_sample") is not True:
         return {"do_sample": False}
     with naming(file):

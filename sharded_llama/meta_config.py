@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import LlamaConfig, RopeScaling, check_count, check_positive, naming
+from .config import MAX_LAYERS, MAX_SIZE, LlamaConfig, RopeScaling, check_count, check_positive, naming
 from .errors import ConfigError
 from .json_file import read_json_object
 
@@ -45,12 +45,13 @@ def read_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
     with naming(file):
         for name in ("dim", "n_layers", "n_heads"):
             _count(params, name)
-    for name, value in params.items():
-        disabled = isinstance(value, int | None) and value in DISABLED
-        if name not in READ | HARMLESS and not disabled:
-            raise ConfigError(
-                f"{file}: {name}={str(value)[:100]} is not supported: it is not a field of a Llama 2 or 3 text model."
-            )
+        for name, value in params.items():
+            disabled = isinstance(value, int | None) and value in DISABLED
+            if name not in READ | HARMLESS and not disabled:
+                raise ConfigError(
+                    f"{ascii(name)[1:-1]}={ascii(value)[:100]} is not supported: it is not a field of a Llama 2 or 3 "
+                    "text model."
+                )
     return params
 
 
@@ -110,6 +111,8 @@ def read_config(
             "original_max_seq_len": ORIGINAL_SEQ_LEN,
         }
     values |= _assumed(values, scaled)
+    with naming(Path(folder) / PARAMS):
+        LlamaConfig.from_dict(values | {"tie_embeddings": False})  # the sidecar may be wrong in that
     with naming(Path(folder) / SIDECAR):
         unknown = sorted(sidecar.keys() - _SIDECAR_FIELDS)
         if unknown:
@@ -197,7 +200,7 @@ def _count(params: Mapping[str, Any], name: str, default: int | None = None) -> 
     value = default if params.get(name) is None else params[name]
     if value is None:
         raise ConfigError(f"{name} is missing.")
-    check_count(name, value)
+    check_count(name, value, MAX_LAYERS if name == "n_layers" else MAX_SIZE)
     return value
 
 

@@ -5,6 +5,11 @@ import os
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets fuzz tests run longer than in the ordinary suite."""
+    parser.addoption("--fuzz", type=int, default=500, help="examples of each fuzz test (default: 500)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses the platform before any test module touches JAX."""
     if config.option.markexpr.startswith("gpu"):

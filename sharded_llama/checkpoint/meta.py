@@ -189,6 +189,9 @@ def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) ->
     for name, first in ranks[0].items():
         if name == DERIVED:
             continue
+        expected = to_stored(to_canonical(name, META_NAMES), META_NAMES)
+        if name != expected:  # a canonical name would pass for the tensor that it means, unchecked
+            raise CheckpointError(f"{first.file}: tensor {name} should be called {expected}.")
         parts = tuple(rank[name] for rank in ranks)
         for part in parts:
             if (part.shape, part.dtype) != (first.shape, first.dtype):

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from .source import CheckpointSource, shorten
 THREADS = min(16, max(4, os.cpu_count() or 1))  # an H200's host reads 20 GB/s with 8, 26 with 16
 UPLOADS = 4  # at once: one alone runs at half of the speed
 MAX_BYTES_IN_FLIGHT = 384 << 20
+MAX_BYTES_IN_FLIGHT_CPU = 4 << 30  # of the arrays themselves: enough that no thread waits for the last block of one
 UNIT_BYTES = 64 << 20  # larger arrays are assembled on their devices: one large upload is several times slower
 ALIGNMENT = 64  # bytes; JAX on CPU takes an array that is aligned like this as it is, without a copy
 
@@ -73,13 +74,13 @@ def load_weights(
     mesh: Mesh,
     progress: bool = True,
     threads: int = THREADS,
-    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+    max_bytes_in_flight: int | None = None,
 ) -> XfmrWeights:
     """The weights of `source` on `mesh`, in `config.dtype`.
 
     Every process reads the bytes that the shards of its own devices need, each of them once. Between the files and
-    the devices the host holds at most `max_bytes_in_flight` bytes and one part of an array (UNIT_BYTES) more, and
-    `threads` times 16 MiB; on CPU, what is read is the array's own memory. `progress` shows a bar when standard error
+    the devices the host holds at most `max_bytes_in_flight` bytes (MAX_BYTES_IN_FLIGHT) and one part of an array
+    (UNIT_BYTES) more, and `threads` times 16 MiB. On CPU what is read is the array's own memory, and the bound higher. `progress` shows a bar when standard error
     is a terminal. Raises CheckpointError when the checkpoint's tensors are not those of `config`,
     before anything is read, and MeshError when the mesh does not fit.
     """
@@ -104,12 +105,14 @@ def read_weights(
     mesh: Mesh,
     progress: bool = True,
     threads: int = THREADS,
-    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT,
+    max_bytes_in_flight: int | None = None,
 ) -> tuple[XfmrWeights, ReadStats]:
     """`load_weights`, and what it read."""
     check_mesh(config, mesh)
     check_tensors(source, config)
     plans, tree = _plan(config, mesh)
+    if max_bytes_in_flight is None:
+        max_bytes_in_flight = MAX_BYTES_IN_FLIGHT if _unit_bytes(mesh) else MAX_BYTES_IN_FLIGHT_CPU
     total = sum(read.nbytes(source) for stored in plans for unit in stored.units for read in unit.reads)
     start, nbytes = time.perf_counter(), 0
     arrays: list[jax.Array] = []
@@ -119,6 +122,11 @@ def read_weights(
         ThreadPoolExecutor(UPLOADS) as uploads,
         tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not show) as bar,
     ):
+        # Arrays of one name are alike. Compiling takes as long as reading the first units.
+        assemblies = {
+            name: pool.submit(_compile_assembly, stored, jax.config.jax_enable_x64)
+            for name, stored in {stored.spec.name: stored for stored in plans if len(stored.units) > 1}.items()
+        }
         try:
             for reading in _read_ahead(plans, source, pool, uploads, max_bytes_in_flight):
                 for read in reading.reads:
@@ -129,9 +137,10 @@ def read_weights(
                 if len(stored.units) == 1:
                     arrays.append(part)
                     continue
+                assembly = assemblies[stored.spec.name].result()
                 if unit is stored.units[0]:
-                    arrays.append(_empty(stored))
-                arrays[-1] = _write_part(arrays[-1], part, np.int32(unit.start), stored.axis, stored.sharding)
+                    arrays.append(assembly.empty())
+                arrays[-1] = assembly.write[part.shape](arrays[-1], part, np.int32(unit.start))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             uploads.shutdown(cancel_futures=True)
@@ -217,7 +226,9 @@ def _start(
         for read in unit.reads
         for box, places in split_rows(read, buffers)
     ]
-    return _Reading(stored, unit, reads, uploads.submit(_upload, stored, buffers, reads, jax.config.jax_enable_x64))
+    return _Reading(
+        stored, unit, reads, uploads.submit(_upload, stored, unit, buffers, reads, jax.config.jax_enable_x64)
+    )
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -227,7 +238,17 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _upload(stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]], x64: bool) -> jax.Array:
+def _part_shape(stored: _Stored, unit: Unit) -> tuple[int, ...]:
+    """The shape of a unit as an array of its own, with the sharding of the whole one."""
+    axis, shape = stored.axis, stored.spec.shape
+    start, stop = next(iter(unit.boxes.values()))[axis]
+    shards = shape[axis] // stored.sharding.shard_shape(shape)[axis]
+    return (*shape[:axis], shards * (stop - start), *shape[axis + 1 :])
+
+
+def _upload(
+    stored: _Stored, unit: Unit, buffers: dict[Bounds, np.ndarray], reads: list[Future[int]], x64: bool
+) -> jax.Array:
     """The unit as an array of its own, with the sharding of the whole one. The buffers are free to go then.
 
     Runs in a thread of its own, which has none of the caller's settings of JAX: `x64` is the one that matters.
@@ -235,8 +256,8 @@ def _upload(stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Futu
     for read in reads:
         read.result()
     spec, sharding, axis, _ = stored
-    rows, part_rows = sharding.shard_shape(spec.shape)[axis], next(iter(buffers.values())).shape[axis]
-    shape = tuple(n // rows * part_rows if i == axis else n for i, n in enumerate(spec.shape))
+    shape = _part_shape(stored, unit)
+    rows, part_rows = (sharding.shard_shape(x)[axis] for x in (spec.shape, shape))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         shard = list(bounds_of(index, shape))
@@ -247,18 +268,32 @@ def _upload(stored: _Stored, buffers: dict[Bounds, np.ndarray], reads: list[Futu
         return jax.make_array_from_callback(shape, sharding, part, dtype=spec.dtype).block_until_ready()
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "sharding"), donate_argnums=0)
-def _write_part(array: jax.Array, part: jax.Array, start: jax.Array, axis: int, sharding: NamedSharding) -> jax.Array:
-    """Writes a unit into every shard of `array`, in place, without communication."""
-    spec = sharding.spec
-    return jax.shard_map(
-        functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis),
-        mesh=sharding.mesh,
-        in_specs=(spec, spec, P()),
-        out_specs=spec,
-    )(array, part, start)
+class _Assembly(NamedTuple):
+    """Compiled programs that put an array together on its devices."""
+
+    empty: Callable[[], jax.Array]
+    write: dict[tuple[int, ...], Callable[..., jax.Array]]  # by the shape of the part
 
 
-def _empty(stored: _Stored) -> jax.Array:
-    zeros = functools.partial(jnp.zeros, stored.spec.shape, stored.spec.dtype)
-    return jax.jit(zeros, out_shardings=stored.sharding)()
+def _compile_assembly(stored: _Stored, x64: bool) -> _Assembly:
+    spec, sharding, axis, units = stored
+    with jax.enable_x64(x64):
+        empty = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)
+        # Writes into every shard, in place, without communication.
+        write = jax.jit(
+            jax.shard_map(
+                functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis),
+                mesh=sharding.mesh,
+                in_specs=(sharding.spec, sharding.spec, P()),
+                out_specs=sharding.spec,
+            ),
+            donate_argnums=0,
+        )
+
+        def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=sharding)
+
+        whole, start = abstract(spec.shape), jax.ShapeDtypeStruct((), np.int32)
+        shapes = {_part_shape(stored, unit) for unit in units}
+        writes = {shape: write.lower(whole, abstract(shape), start).compile() for shape in shapes}
+        return _Assembly(empty.lower().compile(), writes)

@@ -194,7 +194,10 @@ def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTens
         if not all(type(n) is int and 0 <= n <= MAX_INTEGER for n in sizes):
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{file}: tensor {name} has a malformed header entry: {reprlib.repr(entry)}.") from e
+        raise CheckpointError(
+            f"{file}: tensor {name} has a malformed header entry, {reprlib.repr(entry)}; it needs just dtype, shape and "
+            "data_offsets, with whole numbers from 0 on."
+        ) from e
     if code not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name} has dtype {code}, which is not supported; {', '.join(DTYPES)} are. "
