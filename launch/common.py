@@ -157,17 +157,11 @@ def choose_mesh(config: LlamaConfig) -> Mesh:
 
 def load_model() -> LLM:
     """The model of the flags, in its mesh. A config that disagrees with the checkpoint is an error."""
-    folder = checkpoint_folder(checkpoint_name())
-    config = open_checkpoint(folder, rope_factor=ROPE_FACTOR.value).read_config()
+    source = open_checkpoint(checkpoint_folder(checkpoint_name()), rope_factor=ROPE_FACTOR.value)
+    config = source.read_config()
     if CONFIG.value is not None and "model" in CONFIG.value:
         check_matches(LlamaConfig.from_dict(CONFIG.value.model), config)
-    return load(
-        folder,
-        mesh=choose_mesh(config),
-        dtype=DTYPE.value,
-        attention=ATTENTION.value,
-        rope_factor=ROPE_FACTOR.value,
-    )
+    return load(source, mesh=choose_mesh(config), dtype=DTYPE.value, attention=ATTENTION.value)
 
 
 def is_main_process() -> bool:

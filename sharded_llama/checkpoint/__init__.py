@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 from .export import FORMATS, ExportFormat, convert, save_weights
 from .meta import is_meta, open_meta
 from .orbax import is_orbax, open_orbax
+from .orbax_live import Saving, save_orbax
 from .reader import ReadStats, load_weights, read_weights
 from .safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors
 from .source import CheckpointSource, TensorInfo
@@ -18,11 +19,13 @@ __all__ = [
     "CheckpointSource",
     "ExportFormat",
     "ReadStats",
+    "Saving",
     "TensorInfo",
     "convert",
     "load_weights",
     "open_checkpoint",
     "read_weights",
+    "save_orbax",
     "save_weights",
 ]
 
@@ -60,7 +63,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, rope_factor: float | None
         source = open_orbax(folder)
     else:
         raise CheckpointError(_why_none(folder))
-    logging.info("%s is a %s checkpoint of %d tensors.", folder, source.format, len(source.tensors))
+    logging.info("%s: %s, %d tensors.", folder, source.format, len(source.tensors))
     return source
 
 

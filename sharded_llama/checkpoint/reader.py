@@ -80,9 +80,11 @@ def load_weights(
 
     Every process reads the bytes that the shards of its own devices need, each of them once. Between the files and
     the devices the host holds at most `max_bytes_in_flight` bytes (MAX_BYTES_IN_FLIGHT) and one part of an array
-    (UNIT_BYTES) more, and `threads` times 16 MiB. On CPU what is read is the array's own memory, and the bound higher. `progress` shows a bar when standard error
-    is a terminal. Raises CheckpointError when the checkpoint's tensors are not those of `config`,
-    before anything is read, and MeshError when the mesh does not fit.
+    (UNIT_BYTES) more, and `threads` times 16 MiB. On CPU what is read is the array's own memory, and the bound higher.
+    `progress` shows a bar when standard error is a terminal.
+
+    Raises CheckpointError when the checkpoint's tensors are not those of `config`, before anything is read, and
+    MeshError when the mesh does not fit.
     """
     weights, stats = read_weights(
         source, config, mesh=mesh, progress=progress, threads=threads, max_bytes_in_flight=max_bytes_in_flight

@@ -195,8 +195,8 @@ def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTens
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(
-            f"{file}: tensor {name} has a malformed header entry, {reprlib.repr(entry)}; it needs just dtype, shape and "
-            "data_offsets, with whole numbers from 0 on."
+            f"{file}: tensor {name} has a malformed header entry, {reprlib.repr(entry)}; it needs just dtype, shape "
+            "and data_offsets, with whole numbers from 0 on."
         ) from e
     if code not in DTYPES:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ..attention import choose_backend
-from ..checkpoint import hub, load_weights, open_checkpoint
+from ..checkpoint import CheckpointSource, hub, load_weights, open_checkpoint
 from ..config import LlamaConfig
 from ..errors import ConfigError, RequestError, TokenizerError
 from ..hf_config import read_generation_config
@@ -234,7 +234,7 @@ class LLM:
 
 
 def load(
-    checkpoint: str | Path,
+    checkpoint: str | Path | CheckpointSource,
     *,
     mesh: Mesh | None = None,
     dtype: str | None = None,
@@ -247,7 +247,8 @@ def load(
 
     Args:
       checkpoint: folder in any format that `open_checkpoint` knows, name of a repository of the Hugging Face hub such
-        as "meta-llama/Llama-3.2-1B", or "demo" for the small model that comes with the package.
+        as "meta-llama/Llama-3.2-1B", "demo" for the small model that comes with the package, or what
+        `open_checkpoint` gave.
       mesh: from `make_mesh`; default: all devices (`default_mesh`).
       dtype: of weights, activations and cache, such as "float32"; default: the checkpoint's.
       attention: backend; default: cuDNN where it can run the model, else plain JAX.
@@ -257,9 +258,11 @@ def load(
 
     Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong.
     """
-    folder = checkpoint_folder(checkpoint)
     start = time.perf_counter()
-    source = open_checkpoint(folder, rope_factor=rope_factor)
+    source = checkpoint
+    if isinstance(checkpoint, str | Path):
+        source = open_checkpoint(checkpoint_folder(checkpoint), rope_factor=rope_factor)
+    folder = Path(source.location)
     config = source.read_config()
     if dtype is not None:
         config = config.replace(dtype=dtype)

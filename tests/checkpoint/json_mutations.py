@@ -1,7 +1,7 @@
 """Damage to JSON documents, for fuzz tests: of values, names and structure, or of the bytes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -50,10 +50,12 @@ STYLES = [  # what stands before, after commas, after colons, and behind
 
 
 def parse(document: bytes) -> Any:
+    """A document whose objects are `Pairs`."""
     return json.loads(document, object_pairs_hook=Pairs)
 
 
 def to_text(value: Any, comma: str = ",", colon: str = ":") -> str:
+    """A document of dictionaries with repeated names (`Pairs`) and text that is no JSON (`Raw`)."""
     if isinstance(value, Raw):
         return value
     if isinstance(value, Pairs):
@@ -83,6 +85,7 @@ def damaged_json(document: bytes, values: Sequence[Any] = ()) -> st.SearchStrate
 
 
 def _edit(draw: DrawFn, root: Any, pool: list[Any]) -> Any:
+    """A copy with one value changed, moved, added or dropped."""
     places = list(_places(root, ()))
     path = draw(st.sampled_from(places))
     if not path:  # all of it
@@ -122,7 +125,8 @@ def _edit(draw: DrawFn, root: Any, pool: list[Any]) -> Any:
     return _changed(root, path, lambda _: new)
 
 
-def _places(value: Any, path: tuple[int, ...]):
+def _places(value: Any, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The path of every value: the position in each container on the way."""
     yield path
     if isinstance(value, list):
         for i, item in enumerate(value):
@@ -144,7 +148,7 @@ def _get(root: Any, path: tuple[int, ...]) -> Any:
     return root
 
 
-def _changed(root: Any, path: tuple[int, ...], change: Any) -> Any:
+def _changed(root: Any, path: tuple[int, ...], change: Callable[[Any], Any]) -> Any:
     """A copy with another value at `path`; the same where that has gone."""
     if not path:
         return change(root)
