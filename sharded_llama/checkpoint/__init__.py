@@ -7,11 +7,11 @@ from absl import logging
 
 from ..errors import CheckpointError
 from .export import FORMATS, ExportFormat, convert, save_weights
-from .meta import is_meta, open_meta
-from .orbax import is_orbax, open_orbax
-from .orbax_live import Saving, save_orbax
+from .hf.safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors
+from .meta.source import is_meta, open_meta
+from .orbax.live import Saving, save_orbax
+from .orbax.source import is_orbax, open_orbax
 from .reader import ReadStats, load_weights, read_weights
-from .safetensors import INDEX_FILE, SINGLE_FILE, open_safetensors
 from .source import CheckpointSource, TensorInfo
 
 __all__ = [

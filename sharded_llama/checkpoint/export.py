@@ -26,11 +26,14 @@ from ..errors import CheckpointError
 from ..hf_config import GENERATION_CONFIG
 from ..json_file import write_json
 from ..tokenizer import tokenizer_files
+from ..tokenizer.convert import to_hf_tokenizer, to_tiktoken
 from ..weights import XfmrWeights
-from .export_hf import MAX_SHARD_BYTES, hf_writer, to_hf_dict
+from .hf.writer import MAX_SHARD_BYTES, hf_writer, to_hf_dict
 from .layout import canonical_shapes, shard_pieces
+from .meta.writer import meta_writer
+from .orbax.writer import WEIGHTS, OrbaxWriter
 from .reader import check_tensors
-from .source import CheckpointSource
+from .source import CheckpointSource, TensorInfo
 
 BLOCK_BYTES = 16 << 20
 THREADS = 4
@@ -233,26 +236,18 @@ def _write_folder(
 
 
 def _open_writer(folder: Path, config: LlamaConfig, format: ExportFormat) -> AbstractContextManager[Writer]:
-    # Formats that need an extra are imported only when they are asked for.
     match format.name:
         case "hf":
             return hf_writer(folder, config, format.max_shard_bytes)
         case "meta":
-            from .export_meta import meta_writer
-
             return meta_writer(folder, config, format.meta_files)
         case _:
-            from .orbax_save import WEIGHTS, OrbaxWriter
-            from .source import TensorInfo
-
             infos = {name: TensorInfo(shape, config.jnp_dtype) for name, shape in canonical_shapes(config).items()}
             return OrbaxWriter(folder / WEIGHTS, infos)
 
 
 def _copy_side_files(source: Path, target: Path, format: ExportFormat) -> None:
     """The tokenizer, in the form that the format's users need, and the sampling defaults."""
-    from ..tokenizer.convert import to_hf_tokenizer, to_tiktoken
-
     files = {file.name: file for file in [*tokenizer_files(source), source / GENERATION_CONFIG] if file.is_file()}
     for name, file in files.items():
         shutil.copyfile(file, target / name)

@@ -21,7 +21,7 @@ from absl import logging
 
 from ..errors import CheckpointError
 from ..json_file import read_json_object
-from .safetensors import INDEX_FILE, SINGLE_FILE
+from .hf.safetensors import INDEX_FILE, SINGLE_FILE
 from .source import shorten
 
 CONFIG = "config.json"

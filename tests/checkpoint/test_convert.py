@@ -25,7 +25,7 @@ from sharded_llama.checkpoint import (
     save_weights,
 )
 from sharded_llama.checkpoint.describe import describe, describe_mesh
-from sharded_llama.checkpoint.export_hf import to_hf_dict
+from sharded_llama.checkpoint.hf.writer import to_hf_dict
 from sharded_llama.checkpoint.verify import verify
 from sharded_llama.config import LlamaConfig, RopeScaling
 from sharded_llama.errors import CheckpointError, ConfigError, MeshError

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sharded_llama.checkpoint.hf.safetensors import SafetensorsWriter
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.names import HF_NAMES, to_stored
-from sharded_llama.checkpoint.safetensors import SafetensorsWriter
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.config import LlamaConfig
 

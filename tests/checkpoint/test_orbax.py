@@ -16,10 +16,11 @@ from hf_models import CONFIG, assert_bits_equal
 from jax.sharding import NamedSharding, PartitionSpec as P
 from orbax_items import LAYOUTS, Tensors, change_json, crc32c, flat, nested, random_tensors, save_item
 
-from sharded_llama.checkpoint import open_checkpoint, orbax_keys, orbax_save, orbax_zarr
-from sharded_llama.checkpoint.export_hf import to_hf_dict
-from sharded_llama.checkpoint.orbax import OrbaxSource, is_orbax, open_orbax
-from sharded_llama.checkpoint.orbax_save import OrbaxWriter, chunk_shape
+from sharded_llama.checkpoint import open_checkpoint
+from sharded_llama.checkpoint.hf.writer import to_hf_dict
+from sharded_llama.checkpoint.orbax import keys as orbax_keys, writer as orbax_save, zarr as orbax_zarr
+from sharded_llama.checkpoint.orbax.source import OrbaxSource, is_orbax, open_orbax
+from sharded_llama.checkpoint.orbax.writer import OrbaxWriter, chunk_shape
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.errors import CheckpointError
 from sharded_llama.json_file import write_json

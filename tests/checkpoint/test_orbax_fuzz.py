@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from mutations import fuzz_settings, guarded, mutated
 from orbax_items import LAYOUTS, Tensors, crc32c, random_tensors, save_item
 
-from sharded_llama.checkpoint.orbax import open_orbax
+from sharded_llama.checkpoint.orbax.source import open_orbax
 from sharded_llama.errors import CheckpointError
 
 TENSORS = random_tensors()

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import ml_dtypes
 import numpy as np
-from sharded_llama.checkpoint.orbax import open_orbax
-from sharded_llama.checkpoint.orbax_save import OrbaxWriter
+from sharded_llama.checkpoint.orbax.source import open_orbax
+from sharded_llama.checkpoint.orbax.writer import OrbaxWriter
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.errors import CheckpointError
 

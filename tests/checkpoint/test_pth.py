@@ -19,9 +19,9 @@ import torch
 from hf_models import assert_bits_equal, to_numpy
 from mutations import guarded, rezipped, unzipped
 
-from sharded_llama.checkpoint import pickle_tensors, pth
 from sharded_llama.checkpoint.files import read_slices
-from sharded_llama.checkpoint.pth import PthWriter, read_pth
+from sharded_llama.checkpoint.meta import pickle_tensors, pth
+from sharded_llama.checkpoint.meta.pth import PthWriter, read_pth
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.errors import CheckpointError
 

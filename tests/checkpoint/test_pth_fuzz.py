@@ -18,7 +18,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from mutations import fuzz_settings, guarded, mutated, mutated_tail, rezipped, spliced, unzipped
 
 from sharded_llama.checkpoint.files import read_slices
-from sharded_llama.checkpoint.pth import PthWriter, read_pth
+from sharded_llama.checkpoint.meta.pth import PthWriter, read_pth
 from sharded_llama.checkpoint.source import TensorInfo
 from sharded_llama.errors import CheckpointError
 

@@ -10,7 +10,8 @@ import torch
 from hf_models import CONFIG, assert_bits_equal, put_together, save_random_model, take_apart
 from safetensors.torch import save_file
 
-from sharded_llama.checkpoint import files, open_checkpoint, safetensors
+from sharded_llama.checkpoint import files, open_checkpoint
+from sharded_llama.checkpoint.hf import safetensors
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.names import HF_NAMES, META_NAMES, to_canonical, to_stored
 from sharded_llama.errors import CheckpointError

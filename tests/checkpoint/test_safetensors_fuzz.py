@@ -20,9 +20,9 @@ from mutations import fuzz_settings, guarded, mutated, spliced
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from sharded_llama.checkpoint import safetensors
+from sharded_llama.checkpoint.hf import safetensors
+from sharded_llama.checkpoint.hf.safetensors import SafetensorsWriter, open_safetensors
 from sharded_llama.checkpoint.names import HF_NAMES, to_canonical
-from sharded_llama.checkpoint.safetensors import SafetensorsWriter, open_safetensors
 from sharded_llama.checkpoint.source import CheckpointSource, TensorInfo
 from sharded_llama.errors import CheckpointError
 

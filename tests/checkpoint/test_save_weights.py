@@ -15,9 +15,10 @@ from hf_models import CONFIG, State, assert_bits_equal, save_random_model, state
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sharded_llama.checkpoint import export_hf, load_weights, open_checkpoint, save_weights
+from sharded_llama.checkpoint import load_weights, open_checkpoint, save_weights
 from sharded_llama.checkpoint.export import ExportFormat
-from sharded_llama.checkpoint.export_hf import to_hf_dict
+from sharded_llama.checkpoint.hf import writer
+from sharded_llama.checkpoint.hf.writer import to_hf_dict
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import CheckpointError
 from sharded_llama.mesh import make_mesh
@@ -154,16 +155,16 @@ def test_nothing_is_overwritten(weights: XfmrWeights, tmp_path: Path):
 
 
 def test_a_failed_export_leaves_nothing(weights: XfmrWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = export_hf.SafetensorsWriter
+    real = writer.SafetensorsWriter
     written = []
 
-    def fail_on_the_third(file: Path, *args) -> export_hf.SafetensorsWriter:
+    def fail_on_the_third(file: Path, *args) -> writer.SafetensorsWriter:
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(file)
         return real(file, *args)
 
-    monkeypatch.setattr(export_hf, "SafetensorsWriter", fail_on_the_third)
+    monkeypatch.setattr(writer, "SafetensorsWriter", fail_on_the_third)
     with pytest.raises(CheckpointError, match=r"model: cannot be written: .*No space left"):
         save_weights(weights, CONFIG, tmp_path / "model", format=ExportFormat("hf", 60_000))
     assert len(written) == 2

@@ -14,13 +14,13 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from .. import meta_config
-from ..config import LlamaConfig
-from ..errors import CheckpointError, ConfigError
-from .files import FileTensor, read_rows, read_slices
-from .names import META_NAMES, to_canonical, to_stored
+from ... import meta_config
+from ...config import LlamaConfig
+from ...errors import CheckpointError, ConfigError
+from ..files import FileTensor, read_rows, read_slices
+from ..names import META_NAMES, to_canonical, to_stored
+from ..source import TensorInfo, shorten
 from .pth import read_pth
-from .source import TensorInfo, shorten
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Self
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .files import FileTensor
+from ...errors import CheckpointError
+from ..files import FileTensor
+from ..source import TensorInfo
 from .pickle_tensors import STORAGE_DTYPES, PickledTensor, read_state_dict, show, write_state_dict
-from .source import TensorInfo
 from .zip_archive import CHECKSUM_AT, Archive, Entry, central_header, directory_end, local_header
 
 MAX_DIRECTORY_BYTES = 16 << 20  # at most 350,000 entries; one takes some 400 bytes of memory

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import meta_config
-from ..config import LlamaConfig
-from ..errors import CheckpointError
-from ..json_file import write_json
-from .layout import canonical_shapes
-from .meta import MAX_FILES, ROTATED, SPLIT_AXES, consolidated
-from .names import META_NAMES, to_stored
+from ... import meta_config
+from ...config import LlamaConfig
+from ...errors import CheckpointError
+from ...json_file import write_json
+from ..layout import canonical_shapes
+from ..names import META_NAMES, to_stored
+from ..source import TensorInfo
 from .pth import PthWriter
-from .source import TensorInfo
+from .source import MAX_FILES, ROTATED, SPLIT_AXES, consolidated
 
 
 class MetaWriter:

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError
-from .source import TensorInfo, shorten
+from ...errors import CheckpointError
+from ..source import TensorInfo, shorten
 
 STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype(np.float64),

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..config import LlamaConfig
-from ..json_file import write_json
-from .layout import canonical_shapes
-from .names import HF_NAMES, to_stored
+from ...config import LlamaConfig
+from ...json_file import write_json
+from ..layout import canonical_shapes
+from ..names import HF_NAMES, to_stored
+from ..source import TensorInfo
 from .safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsWriter
-from .source import TensorInfo
 
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..config import LlamaConfig
-from ..errors import CheckpointError
-from .orbax_keys import MANIFEST, Value, file_size, ocdbt_values, plain_values
-from .orbax_zarr import ZarrArray, check_chunk, check_sizes, is_file_name, parse_zarr
-from .source import TensorInfo, shorten
+from ...config import LlamaConfig
+from ...errors import CheckpointError
+from ..source import TensorInfo, shorten
+from .keys import MANIFEST, Value, file_size, ocdbt_values, plain_values
+from .zarr import ZarrArray, check_chunk, check_sizes, is_file_name, parse_zarr
 
 WEIGHTS = "weights"  # the item within a checkpoint folder
 METADATA = "_METADATA"

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .orbax import COMMIT, METADATA, WEIGHTS, import_tensorstore
-from .orbax_zarr import ZARR2_DTYPES
-from .source import TensorInfo, TensorSequence
+from ...errors import CheckpointError
+from ..source import TensorInfo, TensorSequence
+from .source import COMMIT, METADATA, WEIGHTS, import_tensorstore
+from .zarr import ZARR2_DTYPES
 
 __all__ = ["CHUNK_BYTES", "WEIGHTS", "OrbaxWriter", "chunk_shape", "sync", "write_metadata"]
 

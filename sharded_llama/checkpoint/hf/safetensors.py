@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from ..config import LlamaConfig
-from ..errors import CheckpointError
-from .files import FileTensor, read_slices
-from .names import HF_NAMES, to_canonical, to_stored
-from .source import TensorInfo, TensorSequence, shorten
+from ...config import LlamaConfig
+from ...errors import CheckpointError
+from ..files import FileTensor, read_slices
+from ..names import HF_NAMES, to_canonical, to_stored
+from ..source import TensorInfo, TensorSequence, shorten
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from ..config import LlamaConfig
-from ..sharding import MODEL
-from ..weights import LayerWeights, XfmrWeights
+from ...config import LlamaConfig
+from ...sharding import MODEL
+from ...weights import LayerWeights, XfmrWeights
 
 
 def unfuse_weights(weights: XfmrWeights, config: LlamaConfig, mesh: Mesh) -> dict[str, Any]:

@@ -14,17 +14,17 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ..config import LlamaConfig
-from ..errors import CheckpointError
-from ..hf_config import GENERATION_CONFIG
-from ..json_file import write_json
-from ..mesh import check_mesh
-from ..tokenizer import tokenizer_files
-from ..weights import XfmrWeights
-from .export_hf import to_hf_dict
-from .orbax import METADATA, TEMPORARY, WEIGHTS
-from .orbax_save import CHUNK_BYTES, sync, write_metadata
+from ...config import LlamaConfig
+from ...errors import CheckpointError
+from ...hf_config import GENERATION_CONFIG
+from ...json_file import write_json
+from ...mesh import check_mesh
+from ...tokenizer import tokenizer_files
+from ...weights import XfmrWeights
+from ..hf.writer import to_hf_dict
+from .source import METADATA, TEMPORARY, WEIGHTS
 from .unfuse import unfuse_weights
+from .writer import CHUNK_BYTES, sync, write_metadata
 
 
 class Saving:

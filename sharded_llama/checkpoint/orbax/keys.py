@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
-from .orbax_zarr import MAX_RANK, is_file_name, zstd_bound
+from ...errors import CheckpointError
+from .zarr import MAX_RANK, is_file_name, zstd_bound
 
 MANIFEST = "manifest.ocdbt"
 MAX_NODE_BYTES = 256 << 20  # unpacked; orbax writes nodes of up to 100 MB

@@ -14,7 +14,7 @@ from pathlib import Path
 from struct import Struct
 from typing import NamedTuple, NoReturn
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .pickle_tensors import show
 
 # The records of a zip archive, without versions and dates: those are written as zeros, as PyTorch does.

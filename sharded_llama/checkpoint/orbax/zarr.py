@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 ZARR2_DTYPES = {
     "<f8": np.dtype(np.float64),

@@ -1,0 +1,1 @@
+"""Meta's checkpoints: params.json and consolidated.NN.pth."""

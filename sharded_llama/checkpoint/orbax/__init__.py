@@ -1,0 +1,1 @@
+"""Orbax checkpoints of canonical tensors: a tree of zarr arrays."""
