@@ -50,13 +50,13 @@ def read_slices(tensor: FileTensor, slices: tuple[slice, ...], out: np.ndarray, 
 def read_rows(tensor: FileTensor, start: int, rows: Sequence[np.ndarray], name: str) -> int:
     """Fills `rows` with the rows of a matrix from `start` on, in one pass over the file. Returns the bytes read.
 
-    Each is contiguous, a whole row, and of the tensor's dtype. Raises CheckpointError as `read_slices` does.
+    Each is the bytes of a whole row, contiguous. Raises CheckpointError as `read_slices` does.
     """
     size = _row_bytes(tensor)
     try:
         with open(tensor.file, "rb", buffering=0) as file:
             for i in range(0, len(rows), MAX_PARTS):
-                parts = [row.view(np.uint8) for row in rows[i : i + MAX_PARTS]]
+                parts = rows[i : i + MAX_PARTS]
                 offset = tensor.offset + (start + i) * size
                 count = os.preadv(file.fileno(), parts, offset)
                 done = count // size

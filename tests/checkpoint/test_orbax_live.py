@@ -15,13 +15,13 @@ import pytest
 from hf_models import CONFIG, State, assert_bits_equal, expected_weights
 from jax.sharding import Mesh
 from orbax_items import flat
-from sharded_llama.checkpoint.orbax.source.live import save_orbax
-from sharded_llama.checkpoint.orbax.source.unfuse import unfuse_weights
 
 from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.names import HF_NAMES, to_stored
 from sharded_llama.checkpoint.orbax import live as orbax_live
+from sharded_llama.checkpoint.orbax.live import save_orbax
+from sharded_llama.checkpoint.orbax.unfuse import unfuse_weights
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import CheckpointError, MeshError
 from sharded_llama.mesh import make_mesh

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from hf_models import CONFIG, assert_bits_equal, expected_weights
 from safetensors.numpy import save_file
-from sharded_llama.checkpoint.orbax.source.live import save_orbax
 
 from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.checkpoint.hf.writer import to_hf_dict
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.names import HF_NAMES, to_stored
+from sharded_llama.checkpoint.orbax.live import save_orbax
 from sharded_llama.json_file import write_json
 from sharded_llama.mesh import make_mesh
 
@@ -31,7 +31,7 @@ from sharded_llama.errors import CheckpointError
 from sharded_llama.mesh import make_mesh, simulate_cpu_devices, start_distributed
 from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.checkpoint.orbax.source import OrbaxSource
-from sharded_llama.checkpoint.orbax.source.live import save_orbax
+from sharded_llama.checkpoint.orbax.live import save_orbax
 
 address, rank, stored, one, two, config = *sys.argv[1:6], eval(sys.argv[6])
 simulate_cpu_devices(4)

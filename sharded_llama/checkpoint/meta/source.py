@@ -79,10 +79,11 @@ class MetaSource:
             )
             return sum(self._read_rows(name, (slice(row, row + 1), slices[1]), place) for row, place in rows)
         part, first = self._rank(name, start)
-        whole_rows = out.shape[1] == part.shape[1] and out.strides[1] == out.itemsize
+        whole_rows = out.shape[1] == part.shape[1] and out.flags.c_contiguous
         if whole_rows and out.dtype == part.dtype and first + len(out) <= part.shape[0]:
-            in_file = np.arange(len(out)).reshape(-1, 2, k // 2).swapaxes(1, 2).ravel()
-            return read_rows(part, first, [out[i] for i in in_file], self.stored_name(name))
+            halves = out.view(np.uint8).reshape(-1, 2, k // 2, out.shape[1] * out.itemsize)
+            in_file = [row for head in halves for pair in zip(*head, strict=True) for row in pair]
+            return read_rows(part, first, in_file, self.stored_name(name))
         interleaved = np.empty(out.shape, out.dtype)
         count = self._read_rows(name, slices, interleaved)
         to, stored = (x.view(f"u{x.dtype.itemsize}") for x in (out, interleaved))

@@ -35,7 +35,7 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has no
 
 MAX_METADATA_BYTES = 64 << 20
 MAX_DESCRIPTION_BYTES = 1 << 20
-READS_UNTIL_RELEASE = 16
+READS_UNTIL_RELEASE = 4
 MIN_CACHE_BYTES, MAX_CACHE_BYTES = 64 << 20, 1 << 30
 
 ARRAYS = ("jax.Array", "np.ndarray")
