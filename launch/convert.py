@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from absl import flags
+import jax
+from absl import flags, logging
 
 from sharded_llama.checkpoint import FORMATS, CheckpointSource, ExportFormat, convert, open_checkpoint
 from sharded_llama.checkpoint.describe import describe, describe_mesh
+from sharded_llama.checkpoint.export import stored_dtype
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.verify import verify
 from sharded_llama.config import LlamaConfig
@@ -50,10 +52,13 @@ def parse_size(text: str) -> int:
 
 
 def open_source(name: str) -> tuple[CheckpointSource, LlamaConfig]:
-    """The checkpoint, and its config in the dtype that --dtype asks for."""
+    """The checkpoint, and its config in the dtype that --dtype asks for, else the one that its tensors need."""
     source = open_checkpoint(checkpoint_folder(name), rope_factor=common.ROPE_FACTOR.value)
     config = source.read_config()
-    return source, config.replace(dtype=common.DTYPE.value or config.dtype)
+    stored = stored_dtype(source)
+    if common.DTYPE.value is None and stored != config.dtype:
+        logging.warning("The config says %s, but the tensors are stored as %s: taking that.", config.dtype, stored)
+    return source, config.replace(dtype=common.DTYPE.value or stored)
 
 
 def inspect(name: str) -> None:
@@ -82,19 +87,23 @@ def main() -> None:
         raise CheckpointError(
             f"nothing to do: give --output=NEW_FOLDER and --format={'|'.join(FORMATS)}, or --inspect=FOLDER."
         )
+    if jax.process_count() > 1:
+        raise CheckpointError("conversion runs in one process: leave out --coordinator_address and its companions.")
+    output = Path(OUTPUT.value).expanduser()
     format = ExportFormat(FORMAT.value, parse_size(MAX_SHARD_SIZE.value), META_FILES.value)
     source, config = open_source(common.checkpoint_name())
     start = time.perf_counter()
-    nbytes = convert(source, config, OUTPUT.value, format)
+    nbytes = convert(source, config, output, format)
     seconds = time.perf_counter() - start
     print(
         f"Converted {len(canonical_shapes(config))} tensors, {nbytes:,} bytes in {seconds:.1f} s "
-        f"({nbytes / 1e9 / seconds:.2f} GB/s), peak host memory {peak_memory() / 1e9:.2f} GB: {OUTPUT.value}",
+        f"({nbytes / 1e9 / seconds:.2f} GB/s), peak host memory {peak_memory() / 1e9:.2f} GB: {output}",
         flush=True,
     )
     if VERIFY.value:
-        count = verify(source, open_checkpoint(Path(OUTPUT.value)), config)
-        print(f"Verified {count} tensors: the same bits as in {source.location}.")
+        count = verify(source, open_checkpoint(output), config)
+        converted = f" converted to {config.dtype}" if stored_dtype(source) != config.dtype else ""
+        print(f"Verified {count} tensors: the same bits as in {source.location}{converted}.")
 
 
 def cli() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import ConfigError, ShardedLlamaError
 
+MAX_BYTES = 64 << 20
+
 
 def read_json_object(path: str | os.PathLike, error: type[ShardedLlamaError] = ConfigError) -> dict[str, Any]:
     """The JSON object in the file at `path`.
@@ -15,6 +17,8 @@ def read_json_object(path: str | os.PathLike, error: type[ShardedLlamaError] = C
     """
     path = Path(path)
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
+            raise error(f"{path} is not a file of {MAX_BYTES} bytes at most.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None

@@ -86,6 +86,7 @@ def read_config(
         scaled = params.get("use_scaled_rope", False)
         if not isinstance(scaled, bool):
             raise ConfigError(f"use_scaled_rope={scaled!r} must be true or false.")
+        llama3 = scaled or vocab_size == LLAMA3_VOCAB  # Llama 2 has no field for theta
         values = {
             **sizes,
             "n_kv_heads": _count(params, "n_kv_heads", sizes["n_heads"]),
@@ -95,7 +96,7 @@ def read_config(
             ),
             "vocab_size": vocab_size,
             "norm_eps": _positive(params, "norm_eps", 1e-5),
-            "rope_theta": _positive(params, "rope_theta", 10_000.0),  # Llama 2 has no such field
+            "rope_theta": _positive(params, "rope_theta", 500_000.0 if llama3 else 10_000.0),
             "rope_scaling": None,
             "tie_embeddings": tied,
             "dtype": dtype,
@@ -123,7 +124,7 @@ def read_config(
             raise ConfigError(f"rope_scaling={config.rope_scaling} does not go with use_scaled_rope={scaled}.")
     if rope_factor is not None:
         config = config.replace(rope_scaling=RopeScaling(**{**vars(config.rope_scaling), "factor": rope_factor}))
-    missing = sorted(_SIDECAR_FIELDS - sidecar.keys())
+    missing = sorted((_SIDECAR_FIELDS - sidecar.keys()) | ({"rope_theta"} - params.keys()))
     if missing:
         told = ", ".join(f"{name}={getattr(config, name)}" for name in missing)
         logger.info("%s does not say all of the model; assuming %s.", Path(folder) / PARAMS, told)

@@ -46,6 +46,20 @@ def test_the_demo_through_every_format(tmp_path: Path):
     assert "Each of 8 devices of data:1,model:8 holds 1,276,416 bytes" in inspected.stdout
 
 
+def test_tensors_that_the_config_calls_narrower(tmp_path: Path):
+    """Nothing is rounded unless --dtype says so."""
+    flags = ["--format=hf", "--verify"]
+    done = run("convert", "--checkpoint=demo", f"--output={tmp_path / 'a'}", "--dtype=float32", *flags)
+    assert done.stdout.endswith("demo_checkpoint converted to float32.\n"), done
+    config = tmp_path / "a" / "config.json"
+    config.write_text(config.read_text().replace("float32", "bfloat16"))
+    done = run("convert", f"--checkpoint={tmp_path / 'a'}", f"--output={tmp_path / 'b'}", *flags)
+    assert "The config says bfloat16, but the tensors are stored as float32: taking that." in done.stderr
+    assert done.stdout.endswith("the same bits as in " + str(tmp_path / "a") + ".\n"), done
+    inspected = run("convert", f"--inspect={tmp_path / 'b'}")
+    assert "56 tensors (56 float32), 18,756,608 bytes" in inspected.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

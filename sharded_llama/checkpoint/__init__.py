@@ -51,7 +51,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, rope_factor: float | None
     except OSError as e:
         raise CheckpointError(f"{folder}: cannot be read as a checkpoint folder: {e.strerror}.") from e
     is_safetensors = SINGLE_FILE in files or INDEX_FILE in files
-    if rope_factor is not None and (is_safetensors or not is_meta(folder)):
+    if rope_factor is not None and (is_safetensors or is_orbax(folder)):
         raise CheckpointError(
             f"{folder}: a rope factor was given, but its own config says it: it is not Meta's format."
         )

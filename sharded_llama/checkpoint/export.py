@@ -5,7 +5,6 @@ Every format takes the canonical tensors in one pass, in blocks of rows, so that
 
 import os
 import shutil
-import socket
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from ..config import LlamaConfig
 from ..errors import CheckpointError
-from ..hf_config import GENERATION_CONFIG
 from ..json_file import write_json
-from ..tokenizer import tokenizer_files
 from ..tokenizer.convert import to_hf_tokenizer, to_tiktoken
 from ..weights import XfmrWeights
-from .hf.writer import MAX_SHARD_BYTES, hf_writer, to_hf_dict
+from .folders import check_tokenizer, copy_side_files, make_partial, new_folder, publish, side_files
+from .hf.writer import CONFIG, MAX_SHARD_BYTES, hf_writer, to_hf_dict
 from .layout import canonical_shapes, shard_pieces
 from .meta.writer import meta_writer
 from .orbax.writer import WEIGHTS, OrbaxWriter
@@ -38,6 +37,7 @@ from .source import CheckpointSource, TensorInfo
 BLOCK_BYTES = 16 << 20
 THREADS = 4
 BLOCKS_AHEAD = 8
+PARTIAL = ".partial"  # in the names of folders that are not finished
 
 Blocks = Iterator[tuple[str, np.ndarray]]  # canonical name, its next rows; in the order of `canonical_shapes`
 
@@ -80,10 +80,7 @@ def convert(
     the tensors of `config`.
     """
     check_tensors(source, config)
-    folder = Path(os.path.abspath(folder))
-    problem = _check_target(folder)
-    if problem:
-        raise CheckpointError(problem)
+    folder = new_folder(folder)
     total = model_bytes(config)
     show = progress and sys.stderr.isatty()
     with tqdm(total=total, unit="B", unit_scale=True, desc="Converting", disable=not show) as bar:
@@ -112,25 +109,27 @@ def save_weights(
     first one writes. Raises CheckpointError when `folder` exists and is not empty, when `tokenizer_folder` holds
     no tokenizer, or when writing fails.
     """
-    folder = Path(os.path.abspath(folder))
+    failure: Exception | None = None
     writer = jax.process_index() == 0
-    problem = None
     if writer:
-        problem = _check_target(folder)
-        if tokenizer_folder is not None and not tokenizer_files(tokenizer_folder):
-            problem = f"{tokenizer_folder} holds no tokenizer."
-    _raise_everywhere(problem)
+        try:
+            folder = new_folder(folder)
+            if tokenizer_folder is not None:
+                check_tokenizer(tokenizer_folder)
+        except CheckpointError as e:
+            failure = e
+    _raise_everywhere(failure)
     tensors = _weight_blocks(weights, config)
     if writer:
         try:
             _write_folder(tensors, config, folder, format, tokenizer_folder and Path(tokenizer_folder))
             logging.info("Exported %s.", folder)
-        except CheckpointError as e:
-            problem = str(e)
+        except Exception as e:  # whatever it is, the others must not wait for this process
+            failure = e
     if jax.process_count() > 1:
         for _ in tensors:  # gathers need every process, even when the writer has given up
             pass
-    _raise_everywhere(problem)
+    _raise_everywhere(failure)
 
 
 def model_bytes(config: LlamaConfig) -> int:
@@ -138,17 +137,19 @@ def model_bytes(config: LlamaConfig) -> int:
     return sum(int(np.prod(shape)) for shape in canonical_shapes(config).values()) * config.jnp_dtype.itemsize
 
 
-def _raise_everywhere(problem: str | None) -> None:
+def _raise_everywhere(failure: Exception | None) -> None:
     """Raises on all processes what the first one found: going separate ways, some would wait for ever."""
-    if multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
-        raise CheckpointError(problem or "the first process could not export; see its message.")
+    failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError("the first process could not export; see its message.")
 
 
-def _check_target(folder: Path) -> str | None:
-    """What keeps a checkpoint from being written to `folder`."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return f"{folder} already exists; choose a new folder to export to."
-    return None
+def stored_dtype(source: CheckpointSource) -> str:
+    """The smallest dtype that holds the values of all tensors exactly."""
+    dtypes = {info.dtype for info in source.tensors.values()}
+    return np.dtype(jnp.result_type(*dtypes)).name if len(dtypes) > 1 else next(iter(dtypes)).name
 
 
 def source_blocks(source: CheckpointSource, config: LlamaConfig) -> Blocks:
@@ -215,19 +216,17 @@ def _write_folder(
 ) -> None:
     """Fills a folder of another name and renames it at the end: a run that is cut short leaves nothing that loads."""
     try:
-        _remove_leftovers(folder)
-        partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        partial.mkdir(parents=True)
+        partial = make_partial(folder, PARTIAL)
         try:
             _check_space(partial, config, format)
+            if side_folder is not None:  # first: what is wrong with a tokenizer shows before hours of writing
+                _copy_side_files(side_folder, partial, config, format)
             with _open_writer(partial, config, format) as writer:
                 for name, block in blocks:
                     writer.write(name, block)
-            if side_folder is not None:
-                _copy_side_files(side_folder, partial, format)
-            if format.name != "meta":
-                write_json(partial / "config.json", to_hf_dict(config))  # last: without it nothing loads
-            partial.rename(folder)
+            if format.name != "meta":  # whose writer ends with params.json: without these nothing loads
+                write_json(partial / CONFIG, to_hf_dict(config))
+            publish(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -246,34 +245,14 @@ def _open_writer(folder: Path, config: LlamaConfig, format: ExportFormat) -> Abs
             return OrbaxWriter(folder / WEIGHTS, infos)
 
 
-def _copy_side_files(source: Path, target: Path, format: ExportFormat) -> None:
+def _copy_side_files(source: Path, target: Path, config: LlamaConfig, format: ExportFormat) -> None:
     """The tokenizer, in the form that the format's users need, and the sampling defaults."""
-    files = {file.name: file for file in [*tokenizer_files(source), source / GENERATION_CONFIG] if file.is_file()}
-    for name, file in files.items():
-        shutil.copyfile(file, target / name)
+    files = {file.name: file for file in side_files(source)}
+    copy_side_files(list(files.values()), target, config.eos_ids)
     if format.name == "hf" and "tokenizer.json" not in files and "tokenizer.model" in files:
         to_hf_tokenizer(files["tokenizer.model"], target)
     if format.name == "meta" and "tokenizer.model" not in files and "tokenizer.json" in files:
         to_tiktoken(files["tokenizer.json"], target / "tokenizer.model")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what runs of this machine that were killed left of the same export."""
-    prefix = f"{folder.name}.partial-{socket.gethostname()}-"
-    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-        pid = leftover.name.removeprefix(prefix)
-        if leftover.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _check_space(folder: Path, config: LlamaConfig, format: ExportFormat) -> None:

@@ -24,6 +24,12 @@ class FileTensor(TensorInfo):
     offset: int  # of the first byte, from the start of the file
 
 
+def check_regular(file: Path) -> None:
+    """Raises CheckpointError when `file` is a pipe or a device, of which opening or reading might never end."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise CheckpointError(f"{file}: is not a regular file.")
+
+
 def read_slices(tensor: FileTensor, slices: tuple[slice, ...], out: np.ndarray, name: str) -> int:
     """Fills `out` as `CheckpointSource.read` says; `name` is what messages call the tensor.
 

@@ -1,6 +1,7 @@
 """The Python API: `load` a checkpoint into a mesh, then `generate`, `stream` or `forward`."""
 
 import dataclasses
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -260,6 +261,8 @@ def load(
     """
     start = time.perf_counter()
     source = checkpoint
+    if not isinstance(checkpoint, str | Path) and rope_factor is not None:
+        raise ConfigError("rope_factor belongs to opening the checkpoint: open_checkpoint(folder, rope_factor=...).")
     if isinstance(checkpoint, str | Path):
         source = open_checkpoint(checkpoint_folder(checkpoint), rope_factor=rope_factor)
     folder = Path(source.location)
@@ -295,7 +298,12 @@ def _check_dtype(config: LlamaConfig) -> None:
 
 def checkpoint_folder(name: str | Path) -> Path:
     """The folder of a checkpoint: "demo" is the small model that comes with the package; a hub name is downloaded."""
-    return DEMO_CHECKPOINT if str(name) == "demo" else hub.resolve(name)
+    return DEMO_CHECKPOINT if str(name) == "demo" else hub.resolve(_expanded(name))
+
+
+def _expanded(name: str | Path) -> str | Path:
+    """A name with ~ replaced by the home folder, which shells do not do after --checkpoint=."""
+    return os.path.expanduser(name) if isinstance(name, str) else name.expanduser()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

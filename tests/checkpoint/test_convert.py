@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 import torch
 import transformers
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from sharded_llama.checkpoint import (
     CheckpointSource,
     ExportFormat,
+    TensorInfo,
     convert,
     export,
     load_weights,
@@ -119,6 +122,15 @@ def test_dtype(model: tuple[Path, State], tmp_path: Path, format: str):
     assert verify(open_checkpoint(folder), source, config) == 21
     weights = load_weights(source, config, mesh=make_mesh(2, 4))
     jax.tree.map(assert_bits_equal, weights, expected_weights(state, config, 4))
+
+
+def test_the_dtype_that_holds_all_tensors(tmp_path: Path):
+    def stored(*dtypes: str) -> str:
+        tensors = {str(i): TensorInfo((1,), jnp.dtype(dtype)) for i, dtype in enumerate(dtypes)}
+        return export.stored_dtype(SimpleNamespace(tensors=tensors))
+
+    assert [stored(d) for d in ("bfloat16", "float16", "float32")] == ["bfloat16", "float16", "float32"]
+    assert stored("bfloat16", "float16") == stored("bfloat16", "float32", "bfloat16") == "float32"
 
 
 @pytest.mark.parametrize("format", ["hf", "meta", "orbax"])
@@ -247,6 +259,9 @@ def test_another_run_under_way_is_left_alone(model: tuple[Path, State], tmp_path
     kept = [tmp_path / name for name in (f"new.partial-{host}-1", "new.partial-elsewhere-999999", "new.partial-x")]
     for folder in kept:
         folder.mkdir()
+    mine = tmp_path / f"new.partial-{host}-{os.getpid()}"  # in a container, of the run before
+    mine.mkdir()
+    (mine / "file").touch()
     to(model[0], tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"new", *(folder.name for folder in kept)}
 

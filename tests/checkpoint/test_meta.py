@@ -155,6 +155,14 @@ def test_llama_2(tmp_path: Path):
     )  # fmt: skip
 
 
+def test_the_default_theta_is_that_of_the_family(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    params = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    with caplog.at_level(logging.INFO):
+        assert read(tmp_path, params).rope_theta == 500_000.0
+    assert "rope_theta=500000.0" in caplog.text
+    assert read(tmp_path, params | {"use_scaled_rope": True, "vocab_size": 99}, vocab_size=99).rope_theta == 500_000.0
+
+
 def test_defaults_where_absent(tmp_path: Path):
     config = read(tmp_path, {"dim": 64, "n_layers": 1, "n_heads": 4}, vocab_size=100)
     assert (config.n_kv_heads, config.norm_eps, config.rope_theta, config.ffn_dim) == (4, 1e-5, 10_000.0, 256)
@@ -368,7 +376,7 @@ def tied_state(state: State, *, equal: bool, last: float | None = None) -> State
     return state | {"lm_head.weight": output}
 
 
-def test_an_output_that_is_missing_or_shares_its_bytes_is_tied(float32: tuple[Path, State], tmp_path: Path):
+def test_an_output_that_shares_its_bytes_is_tied(float32: tuple[Path, State], tmp_path: Path):
     _, state = float32
     save_meta(tmp_path, state, CONFIG)
     assert not open_checkpoint(tmp_path).read_config().tie_embeddings
@@ -376,11 +384,24 @@ def test_an_output_that_is_missing_or_shares_its_bytes_is_tied(float32: tuple[Pa
     tensors["output.weight"] = tensors["tok_embeddings.weight"]
     torch.save(tensors, tmp_path / "consolidated.00.pth")
     shared = open_checkpoint(tmp_path).read_config()
-    del tensors["output.weight"]
-    torch.save(tensors, tmp_path / "consolidated.00.pth")
-    assert shared == open_checkpoint(tmp_path).read_config() == CONFIG.replace(tie_embeddings=True)
+    assert shared == CONFIG.replace(tie_embeddings=True)
     weights = load(tmp_path, shared, (1, 4))
     jax.tree.map(assert_bits_equal, weights, expected_weights(state, shared, 4))
+
+
+def test_a_missing_output(float32: tuple[Path, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is damage, unless the sidecar or the shapes of Llama 3.2 say that the embeddings are tied."""
+    _, state = float32
+    save_meta(tmp_path, state, CONFIG, params=PARAMS | {"use_scaled_rope": True})
+    rewrite(tmp_path / "consolidated.00.pth", output__weight=None)
+    config = open_checkpoint(tmp_path).read_config()
+    with pytest.raises(CheckpointError, match=r"missing tensors: output\.weight \(136, 64\)\.$"):
+        load(tmp_path, config, (1, 1))
+    (tmp_path / "sharded_llama.json").write_text(json.dumps({"tie_embeddings": True}))
+    assert open_checkpoint(tmp_path).read_config().tie_embeddings
+    (tmp_path / "sharded_llama.json").unlink()
+    monkeypatch.setattr(meta_config, "LLAMA32_SHAPES", {(64, 2)})
+    assert open_checkpoint(tmp_path).read_config().tie_embeddings
 
 
 def test_equal_copies_are_tied_in_llama_3_2_alone(

@@ -1,6 +1,7 @@
 """Export: bit for bit what was loaded, as transformers loads it; complete or not there at all."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,35 @@ def test_a_folder_without_tokenizer(weights: XfmrWeights, tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         save_weights(weights, CONFIG, tmp_path / "model", tokenizer_folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_end_of_sequence_ids_are_those_of_the_config(weights: XfmrWeights, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for stated, kept in (([2, 5], [2, 5]), (7, [2, 5]), (None, None)):
+        settings = {"do_sample": True, "temperature": 0.5, "eos_token_id": stated}
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        save_weights(weights, CONFIG, tmp_path / f"model{stated}", tokenizer_folder=tmp_path)
+        assert LlamaConfig.from_hf(tmp_path / f"model{stated}") == CONFIG
+        written = json.loads((tmp_path / f"model{stated}" / "generation_config.json").read_text())
+        assert written == settings | {"eos_token_id": kept}
+
+
+def test_through_a_symbolic_link(weights: XfmrWeights, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "empty").symlink_to("disk")
+    (tmp_path / "dangling").symlink_to("disk/later")
+    save_weights(weights, CONFIG, tmp_path / "empty")
+    assert (tmp_path / "disk" / "config.json").exists()
+    assert (tmp_path / "empty").is_symlink()
+    shutil.rmtree(tmp_path / "disk")
+    save_weights(weights, CONFIG, tmp_path / "dangling")
+    assert open_checkpoint(tmp_path / "disk" / "later").tensors
+
+
+def test_names_that_cannot_be(weights: XfmrWeights, tmp_path: Path):
+    for name in ("x" * 300, "/proc/self/mem/x", "/"):
+        with pytest.raises(CheckpointError, match=r"cannot be written|is where a disk is mounted|already exists"):
+            save_weights(weights, CONFIG, tmp_path / name)
 
 
 def test_nothing_is_overwritten(weights: XfmrWeights, tmp_path: Path):

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...config import LlamaConfig
 from ...errors import CheckpointError
-from ..files import FileTensor, read_slices
+from ..files import FileTensor, check_regular, read_slices
 from ..names import HF_NAMES, to_canonical, to_stored
 from ..source import TensorInfo, TensorSequence, shorten
 
@@ -77,14 +77,17 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
     tensors: dict[str, FileTensor] = {}
     for stored_name, tensor in stored.items():
         name = to_canonical(stored_name, HF_NAMES)
-        if name in tensors:
-            raise CheckpointError(f"{tensor.file}: tensors {stored_name} and {name} are the same tensor.")
+        if to_stored(name, HF_NAMES) != stored_name:
+            raise CheckpointError(f"{tensor.file}: tensor {stored_name} should be called {to_stored(name, HF_NAMES)}.")
         tensors[name] = tensor
+    if not tensors:
+        raise CheckpointError(f"{folder}: its safetensors hold no tensors.")
     return SafetensorsSource(str(folder), tensors)
 
 
 def _read_shards(index: Path) -> dict[str, FileTensor]:
     """The tensors of all the files that an index names."""
+    check_regular(index)
     try:
         with open(index, "rb") as f:
             text = f.read(MAX_HEADER_BYTES + 1)
@@ -156,6 +159,7 @@ def read_header(file: Path) -> dict[str, FileTensor]:
 
     Raises CheckpointError when the file is truncated, or its header malformed or at odds with the file's size.
     """
+    check_regular(file)
     try:
         with open(file, "rb") as f:
             size = os.fstat(f.fileno()).st_size

@@ -14,6 +14,7 @@ from ..names import HF_NAMES, to_stored
 from ..source import TensorInfo
 from .safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsWriter
 
+CONFIG = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 
 from ...errors import CheckpointError
-from ..files import FileTensor
+from ..files import FileTensor, check_regular
 from ..source import TensorInfo
 from .pickle_tensors import STORAGE_DTYPES, PickledTensor, read_state_dict, show, write_state_dict
 from .zip_archive import CHECKSUM_AT, Archive, Entry, central_header, directory_end, local_header
@@ -35,6 +35,7 @@ def read_pth(file: Path) -> dict[str, FileTensor]:
     Tensors may share bytes, as tied weights do. Raises CheckpointError naming the file, and the entry, opcode or tensor
     that is damaged, not allowed, or not supported.
     """
+    check_regular(file)
     try:
         with open(file, "rb", buffering=0) as f:
             archive = Archive(file, f.fileno(), os.fstat(f.fileno()).st_size)

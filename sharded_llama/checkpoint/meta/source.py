@@ -215,15 +215,17 @@ def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) ->
 
 
 def _is_tied(splits: Mapping[str, Split], params: Mapping[str, object]) -> bool:
-    """Whether the output matrix is the embeddings: absent, the same bytes of the file, or equal to them.
+    """Whether the output matrix is the embeddings: the same bytes of the file; in Llama 3.2 1B and 3B absent or equal.
 
-    Equal contents are looked for in the published models that are tied alone, Llama 3.2 1B and 3B: their files hold
-    the matrix twice.
+    These are the published models that are tied, and their files hold the matrix twice: it is read to be compared. A
+    file of any other model that lacks its output is damaged.
     """
     embeddings, output = splits["tok_embeddings"], splits.get("output")
+    if not meta_config.is_llama32(params):
+        return output is not None and output.parts == embeddings.parts
     if output is None or output.parts == embeddings.parts:
         return True
-    if not meta_config.is_llama32(params) or output.parts[0].shape != embeddings.parts[0].shape:
+    if output.parts[0].shape != embeddings.parts[0].shape:
         return False
     return all(_same_bytes(a, b) for a, b in zip(embeddings.parts, output.parts, strict=True))
 
@@ -237,7 +239,7 @@ def _same_bytes(a: FileTensor, b: FileTensor) -> bool:
     for start in range(0, a.shape[0], rows):
         count = min(rows, a.shape[0] - start)
         for tensor, out in ((a, first), (b, second)):
-            read_slices(tensor, (slice(start, start + count), slice(None)), out[:count], DERIVED)
+            read_slices(tensor, (slice(start, start + count), slice(None)), out[:count], "of tied embeddings")
         if not np.array_equal(first[:count].view(np.uint8), second[:count].view(np.uint8)):
             return False
     return True

@@ -16,15 +16,14 @@ from jax.sharding import Mesh
 
 from ...config import LlamaConfig
 from ...errors import CheckpointError
-from ...hf_config import GENERATION_CONFIG
 from ...json_file import write_json
-from ...mesh import check_mesh
-from ...tokenizer import tokenizer_files
+from ...mesh import broadcast_from_main, check_mesh
 from ...weights import XfmrWeights
-from ..hf.writer import to_hf_dict
+from ..folders import check_tokenizer, copy_side_files, make_partial, new_folder, publish, side_files
+from ..hf.writer import CONFIG, to_hf_dict
 from .source import METADATA, TEMPORARY, WEIGHTS
 from .unfuse import unfuse_weights
-from .writer import CHUNK_BYTES, sync, write_metadata
+from .writer import CHUNK_BYTES, write_metadata
 
 
 class Saving:
@@ -82,8 +81,8 @@ class Saving:
             except Exception as e:
                 failure = e
         self._agree(failure)
-        self._handler.close()
         self._finished = True
+        self._close()
         logging.info("Saved %s.", self.folder)
 
     def _agree(self, failure: Exception | None) -> None:
@@ -92,9 +91,15 @@ class Saving:
             _agree(failure and f"{self.folder}: cannot be written: {failure}")
         except CheckpointError as e:
             self._error = e
+            self._close()
             if jax.process_index() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise e from failure
+
+    def _close(self) -> None:
+        """Ends orbax's threads."""
+        if self._handler is not None:
+            self._handler.close()
 
     def _publish(self) -> None:
         from etils import epath
@@ -107,13 +112,9 @@ class Saving:
             entry["value_metadata"] = {"value_type": "np.ndarray", "skip_deserialize": False}
         (item / "_sharding").unlink(missing_ok=True)
         write_metadata(item, tree)
-        for file in self._side_files:
-            shutil.copyfile(file, self._partial / file.name)
-        write_json(self._partial / "config.json", to_hf_dict(self._config))
-        for file in [*self._partial.glob("*.*"), self._partial]:
-            sync(file)
-        self._partial.rename(self.folder)
-        sync(self.folder.parent)
+        copy_side_files(self._side_files, self._partial, self._config.eos_ids)
+        write_json(self._partial / CONFIG, to_hf_dict(self._config))
+        publish(self._partial, self.folder)
 
 
 def save_orbax(
@@ -126,8 +127,9 @@ def save_orbax(
 ) -> Saving:
     """Saves `weights` of `config` on `mesh` as the new checkpoint `folder`, in the background.
 
-    Returns once the weights may be donated or changed; `Saving.wait` completes the checkpoint. Of several processes
-    all must call both, and each writes its own part to the file system that they share.
+    The tensors are stored in `config.dtype`. Returns once the weights may be donated or changed; `Saving.wait`
+    completes the checkpoint. Of several processes all must call both, and each writes its own part to the file system
+    that they share.
 
     Until it returns, each device holds its shard of the canonical tensors beside the weights: as much again at most
     (more only of a tensor that cannot be split, see `unfuse_weights`). Then the host holds this process's part until
@@ -137,19 +139,18 @@ def save_orbax(
     `tokenizer_folder` holds no tokenizer; MeshError when `mesh` does not fit.
     """
     check_mesh(config, mesh)
-    folder = Path(os.path.abspath(folder))
-    pid = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
-    partial = folder.with_name(f"{folder.name}{TEMPORARY}-{pid}")
-    side_files: list[Path] = []
+    folder = Path(os.path.realpath(folder))
+    partial, files = folder, []
     problem = None
     try:
         _check_orbax()
         if jax.process_index() == 0:
-            side_files = _prepare(folder, partial, tokenizer_folder)
-    except (OSError, CheckpointError) as e:
-        problem = str(e)
-    _agree(problem)  # is a barrier, too: the folder is there
-    saving = Saving(folder, partial, config, side_files)
+            partial, files = _prepare(folder, tokenizer_folder)
+    except Exception as e:  # whatever it is, the others must not wait for this process
+        problem = f"{folder}: cannot be saved: {e}"
+    _agree(problem)
+    partial = Path(broadcast_from_main(lambda: str(partial)))
+    saving = Saving(folder, partial, config, files)
     saving._start(weights, mesh)
     return saving
 
@@ -161,19 +162,16 @@ def _check_orbax() -> None:
         raise CheckpointError(f"orbax checkpoints need a package: pip install 'sharded_llama[orbax]' ({e}).") from e
 
 
-def _prepare(folder: Path, partial: Path, tokenizer_folder: str | os.PathLike[str] | None) -> list[Path]:
-    """Checks and makes the folders; returns the files to copy beside the weights."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} already exists; choose a new folder to save to.")
+def _prepare(folder: Path, tokenizer_folder: str | os.PathLike[str] | None) -> tuple[Path, list[Path]]:
+    """Checks what is given and makes the folder to fill; returns it and the files to copy beside the weights."""
+    new_folder(folder)
     files: list[Path] = []
     if tokenizer_folder is not None:
-        files = list(tokenizer_files(Path(tokenizer_folder)))
-        if not files:
-            raise CheckpointError(f"{tokenizer_folder} holds no tokenizer.")
-        generation = Path(tokenizer_folder) / GENERATION_CONFIG
-        files += [generation] if generation.is_file() else []
-    (partial / WEIGHTS).mkdir(parents=True)
-    return files
+        check_tokenizer(tokenizer_folder)
+        files = side_files(tokenizer_folder)
+    partial = make_partial(folder, TEMPORARY)
+    (partial / WEIGHTS).mkdir()
+    return partial, files
 
 
 def _agree(problem: str | None) -> None:

@@ -6,7 +6,7 @@ dict, `{"tok_embeddings", "layers": {"0": {"wq", ...}}, "norm", "output"}`, in t
 config.json in it or beside it.
 
 tensorstore reads a chunk that is not there as zeros, trusts sizes that a description claims and follows whatever
-path it is given. So opening lists every stored value and checks them first (`orbax_keys`, `orbax_zarr`).
+path it is given. So opening lists every stored value and checks them first (`keys`, `zarr`).
 """
 
 import ctypes
@@ -36,7 +36,7 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has no
 MAX_METADATA_BYTES = 64 << 20
 MAX_DESCRIPTION_BYTES = 1 << 20
 READS_UNTIL_RELEASE = 4
-MIN_CACHE_BYTES, MAX_CACHE_BYTES = 64 << 20, 1 << 30
+MIN_CACHE_BYTES, MAX_CACHE_BYTES = 64 << 20, 256 << 20
 
 ARRAYS = ("jax.Array", "np.ndarray")
 EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")  # nodes of a tree that hold no array
@@ -231,7 +231,8 @@ def _open_tensors(
         if name in of_array:
             of_array[name][rest] = value
     arrays = {name: _describe(item, name, of_array[name], zarr3, complete) for name in names}
-    # The decoded chunks that neighbouring reads share; of an array in one huge chunk, that chunk.
+    # The decoded chunks that neighbouring reads share. Chunks beyond it, which neither this package nor orbax on
+    # several devices writes, are decoded again for every block that is read of them.
     cache = min(max(2 * max(array.chunk_bytes for array in arrays.values()), MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}, "file_io_concurrency": {"limit": 16}})
     tensors = {}

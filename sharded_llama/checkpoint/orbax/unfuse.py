@@ -23,6 +23,7 @@ def unfuse_weights(weights: XfmrWeights, config: LlamaConfig, mesh: Mesh) -> dic
     # One compiled function for all layers; the head's arrays have another.
     layer = jax.jit(functools.partial(_layer, config=config, mesh=mesh))
     head = jax.jit(functools.partial(_head, config=config, mesh=mesh))
+    weights = jax.tree.map(lambda x: x if x.dtype == config.jnp_dtype else x.astype(config.jnp_dtype), weights)
     tensors = head(weights._replace(layers=()))
     return tensors | {"layers": {str(i): layer(arrays) for i, arrays in enumerate(weights.layers)}}
 

@@ -1,7 +1,7 @@
 """Writes an orbax item from a stream of blocks, in a memory of a few chunks.
 
-It is what `orbax` describes: zarr 2 arrays, zstd, that `orbax.checkpoint.StandardCheckpointer` restores as plain
-arrays or into any sharding. Weights that live on a mesh are saved by `orbax_live`.
+It is what `source` describes: zarr 2 arrays, zstd, that `orbax.checkpoint.StandardCheckpointer` restores as plain
+arrays or into any sharding. Weights that live on a mesh are saved by `live`.
 """
 
 import json
@@ -15,11 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from ...errors import CheckpointError
+from ..folders import sync
 from ..source import TensorInfo, TensorSequence
 from .source import COMMIT, METADATA, WEIGHTS, import_tensorstore
 from .zarr import ZARR2_DTYPES
 
-__all__ = ["CHUNK_BYTES", "WEIGHTS", "OrbaxWriter", "chunk_shape", "sync", "write_metadata"]
+__all__ = ["CHUNK_BYTES", "WEIGHTS", "OrbaxWriter", "chunk_shape", "write_metadata"]
 
 CHUNK_BYTES = 16 << 20
 STRIP_BYTES = 32 << 20  # rows of a matrix whose columns are split, buffered until its chunks are full
@@ -173,12 +174,3 @@ def write_metadata(item: Path, tree: dict[str, Any]) -> None:
         (item / name).write_text(json.dumps(content))
         sync(item / name)
     sync(item)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -202,6 +202,7 @@ def zstd_bound(at: ReadAt, length: int, limit: int) -> int:
             continue
         _require(magic == 0xFD2FB528, f"byte {position} begins no zstd frame")
         header = at(position + 4, 14)
+        _require(len(header) >= 2, f"byte {position} begins a zstd frame that is cut off")
         flags = header[0]
         single, window = bool(flags & 32), 0
         skip = 1 + (not single) + (0, 1, 2, 4)[flags & 3]
