@@ -242,6 +242,14 @@ def test_every_truncated_file_is_noticed(item: Path, tmp_path: Path):
             assert_tensors_equal(tensors, TENSORS)
 
 
+@pytest.mark.parametrize("length", range(12))
+def test_a_chunk_of_a_few_bytes(files: Path, length: int):
+    os.truncate(files / "tok_embeddings" / "1.0", length)
+    tensors, error = try_to_read(files)
+    assert not tensors
+    assert "tok_embeddings" in error
+
+
 def test_a_missing_chunk_is_named(files: Path):
     (files / "tok_embeddings" / "1.0").unlink()
     with pytest.raises(CheckpointError, match=r"item: tensor tok_embeddings has 4 of 5 chunks: .* incomplete"):

@@ -1,6 +1,7 @@
 """The safetensors format: names, headers, and reading slices; every way a file can be broken."""
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -286,3 +287,29 @@ def _add_tensor(folder: Path, name: str, code: str, shape: tuple[int, ...]) -> N
     array = np.zeros(shape, safetensors.DTYPES[code])
     header[name] = {"dtype": code, "shape": shape, "data_offsets": [len(data), len(data) + array.nbytes]}
     put_together(folder / "model.safetensors", header, data + array.tobytes())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not a regular file"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "params.json")
+    (tmp_path / "consolidated.00.pth").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"params\.json is not a file of"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "params.json").unlink()
+    (tmp_path / "params.json").write_text('{"dim": 8, "n_heads": 2, "n_layers": 1}')
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: is not a regular file"):
+        open_checkpoint(tmp_path)
+
+
+def test_no_tensors_and_wrong_names(single: Path, broken: Path, tmp_path: Path):
+    header, data = take_apart(broken / "model.safetensors")
+    header["norm"] = header.pop("model.norm.weight")
+    put_together(broken / "model.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=r"tensor norm should be called model\.norm\.weight"):
+        open_checkpoint(broken)
+    put_together(broken / "model.safetensors", {}, b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: holds no tensors"):
+        open_checkpoint(broken)

@@ -70,10 +70,8 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
     Raises CheckpointError naming the file and the tensor that is missing, truncated, malformed, or of a dtype
     that is not supported.
     """
-    if os.path.lexists(folder / SINGLE_FILE):
-        stored = read_header(folder / SINGLE_FILE)
-    else:
-        stored = _read_shards(folder / INDEX_FILE)
+    single = os.path.lexists(folder / SINGLE_FILE)
+    stored = read_header(folder / SINGLE_FILE) if single else _read_shards(folder / INDEX_FILE)
     tensors: dict[str, FileTensor] = {}
     for stored_name, tensor in stored.items():
         name = to_canonical(stored_name, HF_NAMES)
@@ -81,7 +79,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
             raise CheckpointError(f"{tensor.file}: tensor {stored_name} should be called {to_stored(name, HF_NAMES)}.")
         tensors[name] = tensor
     if not tensors:
-        raise CheckpointError(f"{folder}: its safetensors hold no tensors.")
+        raise CheckpointError(f"{folder / (SINGLE_FILE if single else INDEX_FILE)}: holds no tensors.")
     return SafetensorsSource(str(folder), tensors)
 
 
