@@ -16,9 +16,10 @@ def read_json_object(path: str | os.PathLike, error: type[ShardedLlamaError] = C
     Raises `error`, naming the file, when it is missing, unreadable, not JSON, or JSON but not an object.
     """
     path = Path(path)
+    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)  # a pipe, a device
+    if special or (os.path.isfile(path) and os.path.getsize(path) > MAX_BYTES):
+        raise error(f"{path} is not a regular file of {MAX_BYTES} bytes at most.")
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
-            raise error(f"{path} is not a file of {MAX_BYTES} bytes at most.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None

@@ -26,7 +26,7 @@ class FileTensor(TensorInfo):
 
 def check_regular(file: Path) -> None:
     """Raises CheckpointError when `file` is a pipe or a device, of which opening or reading might never end."""
-    if os.path.exists(file) and not os.path.isfile(file):
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
         raise CheckpointError(f"{file}: is not a regular file.")
 
 

@@ -296,7 +296,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path):
     (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "params.json")
     (tmp_path / "consolidated.00.pth").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match=r"params\.json is not a file of"):
+    with pytest.raises(CheckpointError, match=r"params\.json is not a regular file of"):
         open_checkpoint(tmp_path)
     (tmp_path / "params.json").unlink()
     (tmp_path / "params.json").write_text('{"dim": 8, "n_heads": 2, "n_layers": 1}')
