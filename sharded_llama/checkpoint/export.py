@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -148,8 +147,10 @@ def _raise_everywhere(failure: Exception | None) -> None:
 
 def stored_dtype(source: CheckpointSource) -> str:
     """The smallest dtype that holds the values of all tensors exactly."""
-    dtypes = {info.dtype for info in source.tensors.values()}
-    return np.dtype(jnp.result_type(*dtypes)).name if len(dtypes) > 1 else next(iter(dtypes)).name
+    dtypes = {info.dtype.name for info in source.tensors.values()}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "float64" if "float64" in dtypes else "float32"  # bfloat16 and float16 do not hold one another
 
 
 def source_blocks(source: CheckpointSource, config: LlamaConfig) -> Blocks:

@@ -131,6 +131,7 @@ def test_the_dtype_that_holds_all_tensors(tmp_path: Path):
 
     assert [stored(d) for d in ("bfloat16", "float16", "float32")] == ["bfloat16", "float16", "float32"]
     assert stored("bfloat16", "float16") == stored("bfloat16", "float32", "bfloat16") == "float32"
+    assert stored("float32", "float64") == "float64"
 
 
 @pytest.mark.parametrize("format", ["hf", "meta", "orbax"])
