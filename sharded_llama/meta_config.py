@@ -62,11 +62,21 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_config(
-    folder: str | os.PathLike[str], *, vocab_size: int, dtype: str, tied: bool, rope_factor: float | None = None
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    sidecar: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    dtype: str,
+    tied: bool,
+    rope_factor: float | None = None,
 ) -> LlamaConfig:
     """The LlamaConfig of a Meta checkpoint folder.
 
     Args:
+      folder: for messages.
+      params: of `read_params`.
+      sidecar: of `read_sidecar`.
       vocab_size: rows of the embeddings, which params.json may leave to the tokenizer (-1).
       dtype: of the stored tensors.
       tied: whether the checkpoint's output matrix is its embeddings.
@@ -75,7 +85,6 @@ def read_config(
 
     Raises ConfigError, naming file and field, for what is missing, malformed, or not supported.
     """
-    params, sidecar = read_params(folder), read_sidecar(folder)
     with naming(Path(folder) / PARAMS):
         sizes = {name: _count(params, name) for name in ("dim", "n_layers", "n_heads")}
         if sizes["dim"] % sizes["n_heads"]:

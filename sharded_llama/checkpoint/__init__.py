@@ -41,6 +41,8 @@ _UNSUPPORTED = {
 def open_checkpoint(folder: str | os.PathLike[str], *, rope_factor: float | None = None) -> CheckpointSource:
     """Opens the checkpoint in `folder`, whose format its files tell, and logs it. Reads headers, no weights.
 
+    But for the shapes of Llama 3.2 1B and 3B in Meta's form, whose embeddings and output are compared (`meta.source`).
+
     `rope_factor` is that of a Meta checkpoint with scaled rotary embeddings, which cannot say it itself; None: see
     `meta_config.read_config`. Raises CheckpointError when the folder is missing or unreadable, holds no checkpoint or
     one of a format that is not supported, or when the checkpoint's headers are broken.

@@ -20,15 +20,15 @@ from typing import Any
 from absl import logging
 
 from ..errors import CheckpointError
-from ..json_file import read_json_object
-from .hf.safetensors import INDEX_FILE, SINGLE_FILE
+from ..hf_config import GENERATION_CONFIG
+from ..meta_config import PARAMS
+from .hf.safetensors import INDEX_FILE, SINGLE_FILE, read_index
+from .hf.writer import CONFIG
 from .source import shorten
 
-CONFIG = "config.json"
-META_PARAMS = "params.json"
 TEXT_FILES = (  # that a checkpoint may have beside its weights
     CONFIG,
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -125,7 +125,7 @@ def _download(repo: _Repo, files: Collection[str], *, show: bool) -> Path:
         has = sorted(file for file in files if file.endswith(LIKE_WEIGHTS)) or sorted(files) or ["no files"]
         raise CheckpointError(
             f"{repo} has no weights that can be read: neither {SINGLE_FILE} nor {INDEX_FILE} at its top level, nor "
-            f"Meta's {META_PARAMS} with consolidated.*.pth. It has {shorten(has)}."
+            f"Meta's {PARAMS} with consolidated.*.pth. It has {shorten(has)}."
         )
     # By branch or tag, so that the cache remembers which commit it stands for; the weights of the same commit after.
     folder = _fetch(repo.id, repo.revision, _text_files(files), show=show)
@@ -171,7 +171,7 @@ def _cached(repo: _Repo) -> tuple[Path | None, list[str]]:
         files = {file.path for file in huggingface_hub.get_cached_repo_tree(**find)}
     except Exception:  # an older library, or a snapshot that was made file by file: what is there must suffice
         files = set(os.listdir(folder))
-        files |= {CONFIG} if META_PARAMS not in files else set()
+        files |= {CONFIG} if PARAMS not in files else set()
     try:
         return folder, _lacking(folder, files)
     except CheckpointError:  # a newer commit may be better
@@ -192,14 +192,14 @@ def _has_weights(files: Collection[str]) -> bool:
 
 
 def _is_meta(files: Collection[str]) -> bool:
-    return META_PARAMS in files and any(_META_WEIGHTS.fullmatch(file) for file in files)
+    return PARAMS in files and any(_META_WEIGHTS.fullmatch(file) for file in files)
 
 
 def _text_files(files: Collection[str]) -> list[str]:
     """What is needed beside the weights, of the files of a repository."""
     wanted = list(TEXT_FILES)
     if SINGLE_FILE not in files:
-        wanted.append(INDEX_FILE if INDEX_FILE in files else META_PARAMS)
+        wanted.append(INDEX_FILE if INDEX_FILE in files else PARAMS)
     return [file for file in wanted if file in files]
 
 
@@ -209,16 +209,7 @@ def _weights(folder: Path, files: Collection[str]) -> list[str]:
         return [SINGLE_FILE]
     if INDEX_FILE not in files:
         return sorted(file for file in files if _META_WEIGHTS.fullmatch(file)) if _is_meta(files) else []
-    index = folder / INDEX_FILE
-    weight_map = read_json_object(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index}: is not an index: it needs a weight_map of tensor name -> file name.")
-    shards = sorted(set(weight_map.values()))
-    for file in shards:
-        # A name, not a path; the suffix keeps pickles and programs out.
-        if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors file beside it.")
-    return shards
+    return sorted(read_index(folder / INDEX_FILE))  # names of .safetensors files: no paths, pickles or programs
 
 
 def _explain(repo: _Repo, error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Hugging Face tokenizer.json, by the `tokenizers` library."""
 
-import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +10,7 @@ import tokenizers
 from ..errors import RequestError, TokenizerError
 from ..json_file import read_json_object
 from .base import TokenKind
-
-MAX_ID = 2**32 - 1  # what the library can hold
+from .common import checked_id, why_not_text, with_bos
 
 
 class HFTokenizer:
@@ -56,12 +54,7 @@ class HFTokenizer:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise RequestError(why_not_text(text)) from None
-        if not bos:
-            return ids
-        if self.bos_id is None:
-            raise TokenizerError("bos=True, but this tokenizer has no beginning-of-sequence token.")
-        # Only `special` text can start with the token: plain text never encodes to it.
-        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        return with_bos(ids, self.bos_id) if bos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self._special.decode([checked_id(i) for i in ids], skip_special_tokens=skip_special)
@@ -123,22 +116,3 @@ def _byte_ids(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
         return frozenset()
     ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(i for i in ids if i is not None)
-
-
-def checked_id(token_id: Any) -> int:
-    try:
-        checked = operator.index(token_id)
-    except TypeError:
-        raise TokenizerError(f"{token_id!r} is not a token id: expected a whole number.") from None
-    if not 0 <= checked <= MAX_ID:
-        raise TokenizerError(f"{checked} is not a token id: expected 0..{MAX_ID}.")
-    return checked
-
-
-def why_not_text(text: Any) -> str:
-    if not isinstance(text, str):
-        return f"the text to encode must be a string, not {type(text).__name__}."
-    at = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
-    return (
-        f"the text has half a character (the surrogate U+{ord(text[at]):04X}) at index {at}: it is not valid Unicode."
-    )

@@ -7,9 +7,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..errors import RequestError, TokenizerError
+from ..errors import TokenizerError
 from .base import TokenKind
-from .hf import checked_id, why_not_text
+from .common import checked_id, encode_around, with_bos
 
 SPACE = "\u2581"  # how pieces write a space
 
@@ -84,21 +84,9 @@ class Llama2Tokenizer:
         self.adds_bos = self.bos_id is not None
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
-        try:
-            text.encode()
-        except (AttributeError, UnicodeEncodeError):
-            raise RequestError(why_not_text(text)) from None
-        ids: list[int] = []
-        for i, part in enumerate(self._special_pattern.split(text) if special else [text]):
-            if i % 2:  # the text that the pattern matched
-                ids.append(self._special_ids[part])
-            else:
-                ids += self._processor.EncodeAsIds(part)
-        if not bos:
-            return ids
-        if self.bos_id is None:
-            raise TokenizerError("bos=True, but this tokenizer has no beginning-of-sequence token.")
-        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        pattern = self._special_pattern if special else None
+        ids = encode_around(text, pattern, self._special_ids, self._processor.EncodeAsIds)
+        return with_bos(ids, self.bos_id) if bos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         parts: list[str] = []

@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from ..errors import RequestError, TokenizerError
+from ..errors import TokenizerError
 from .base import TokenKind
-from .hf import checked_id, why_not_text
+from .common import checked_id, encode_around, with_bos
 
 # How text is split before byte pair encoding, in Meta's tokenizer.py and in the tokenizer.json of Llama 3.
 SPLIT_PATTERN = (
@@ -76,18 +76,12 @@ class Llama3Tokenizer:
         self.adds_bos = True
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
-        try:
-            text.encode()
-        except (AttributeError, UnicodeEncodeError):
-            raise RequestError(why_not_text(text)) from None
-        ids: list[int] = []
-        for i, part in enumerate(self._special_pattern.split(text) if special else [text]):
-            if i % 2:  # the text that the pattern matched
-                ids.append(self._special_ids[part])
-            else:
-                for piece in _cut(part):
-                    ids += self._encoding.encode_ordinary(piece)
-        return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
+        pattern = self._special_pattern if special else None
+        ids = encode_around(text, pattern, self._special_ids, self._encode_plain)
+        return with_bos(ids, self.bos_id) if bos else ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return [token for piece in _cut(text) for token in self._encoding.encode_ordinary(piece)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         stop = self._first_special if skip_special else self.vocab_size

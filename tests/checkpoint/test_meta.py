@@ -137,7 +137,7 @@ def read(folder: Path, params: dict, sidecar: dict | None = None, **given) -> Ll
     if sidecar is not None:
         (folder / "sharded_llama.json").write_text(json.dumps(sidecar))
     given = {"vocab_size": 128_256, "dtype": "bfloat16", "tied": False} | given
-    return meta_config.read_config(folder, **given)
+    return meta_config.read_config(folder, meta_config.read_params(folder), meta_config.read_sidecar(folder), **given)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

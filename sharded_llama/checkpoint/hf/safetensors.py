@@ -83,8 +83,11 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
     return SafetensorsSource(str(folder), tensors)
 
 
-def _read_shards(index: Path) -> dict[str, FileTensor]:
-    """The tensors of all the files that an index names."""
+def read_index(index: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each file that an index names, without derived buffers.
+
+    Raises CheckpointError when it is malformed, or names what is not a .safetensors file beside it.
+    """
     check_regular(index)
     try:
         with open(index, "rb") as f:
@@ -107,6 +110,12 @@ def _read_shards(index: Path) -> dict[str, FileTensor]:
         # A name, not a path: an index must not reach outside its folder.
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors file beside it.")
+    return names_of
+
+
+def _read_shards(index: Path) -> dict[str, FileTensor]:
+    """The tensors of all the files that an index names."""
+    names_of = read_index(index)
     missing = [file for file in sorted(names_of) if not os.path.isfile(index.parent / file)]
     if missing:
         raise CheckpointError(f"{index.parent}: {len(missing)} of {len(names_of)} shards missing: {shorten(missing)}.")

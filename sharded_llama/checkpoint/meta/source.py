@@ -5,7 +5,6 @@ all of the norms, and of the embeddings either columns (Llama 2) or rows (Llama 
 neighbours in rotary embeddings: row 2i + h of a head is row h * K/2 + i of the canonical, half-split order.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from ..files import FileTensor, read_rows, read_slices
 from ..names import META_NAMES, to_canonical, to_stored
 from ..source import TensorInfo, shorten
 from .pth import read_pth
-
-logger = logging.getLogger(__name__)
 
 FILE_PATTERN = "consolidated.*.pth"
 MAX_FILES = 8
@@ -132,13 +129,15 @@ def open_meta(folder: Path, rope_factor: float | None = None) -> MetaSource:
     except ConfigError as e:
         raise CheckpointError(str(e)) from e
     ranks = [read_pth(file) for file in files]
-    splits = {to_canonical(name, META_NAMES): split for name, split in _join(files, ranks, params.get("dim")).items()}
+    splits = _join(files, ranks, params["dim"])
     embeddings = splits.get("tok_embeddings")
     if embeddings is None:
         raise CheckpointError(f"{files[0]}: lacks {to_stored('tok_embeddings', META_NAMES)}.")
     try:
         config = meta_config.read_config(
             folder,
+            params,
+            sidecar,
             vocab_size=embeddings.shape[0],
             dtype=embeddings.parts[0].dtype.name,
             tied=sidecar["tie_embeddings"] if "tie_embeddings" in sidecar else _is_tied(splits, params),
@@ -180,7 +179,7 @@ def _check_number(folder: Path, splits: Mapping[str, Split], config: LlamaConfig
 
 
 def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) -> dict[str, Split]:
-    """Every tensor with its parts. Raises CheckpointError when the files do not belong together."""
+    """Every tensor with its parts, by canonical name. Raises CheckpointError when the files do not belong together."""
     splits: dict[str, Split] = {}
     for file, rank in zip(files, ranks, strict=True):
         differing = sorted(ranks[0].keys() ^ rank.keys())
@@ -190,7 +189,8 @@ def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) ->
     for name, first in ranks[0].items():
         if name == DERIVED:
             continue
-        expected = to_stored(to_canonical(name, META_NAMES), META_NAMES)
+        canonical = to_canonical(name, META_NAMES)
+        expected = to_stored(canonical, META_NAMES)
         if name != expected:  # a canonical name would pass for the tensor that it means, unchecked
             raise CheckpointError(f"{first.file}: tensor {name} should be called {expected}.")
         parts = tuple(rank[name] for rank in ranks)
@@ -200,8 +200,8 @@ def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) ->
                     f"{part.file}: tensor {name} is {part.dtype} {part.shape}, but {first.dtype} {first.shape} "
                     f"in {first.file.name}."
                 )
-        axis = SPLIT_AXES.get(to_canonical(name, META_NAMES).rpartition(".")[2])
-        if name == to_stored("tok_embeddings", META_NAMES):
+        axis = SPLIT_AXES.get(canonical.rpartition(".")[2])
+        if canonical == "tok_embeddings":
             if len(first.shape) != 2 or first.shape[1] not in (dim, dim / len(files)):
                 raise CheckpointError(
                     f"{first.file}: tensor {name} is {first.shape}; with {len(files)} files and dim={dim}, expected "
@@ -210,7 +210,7 @@ def _join(files: list[Path], ranks: list[Mapping[str, FileTensor]], dim: int) ->
             axis = 0 if first.shape[1] == dim else 1
         if axis is not None and len(first.shape) != 2:
             raise CheckpointError(f"{first.file}: tensor {name} is {first.shape}, but should be a matrix.")
-        splits[name] = Split(axis, parts)
+        splits[canonical] = Split(axis, parts)
     return splits
 
 
