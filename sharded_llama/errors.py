@@ -31,3 +31,7 @@ class RequestError(ShardedLlamaError, ValueError):
 
 class TrainingError(ShardedLlamaError, ValueError):
     """Training settings that cannot work."""
+
+
+class ParityError(ShardedLlamaError, ValueError):
+    """A comparison with a reference that cannot be made: a wrong or broken reference, or nothing to compare."""
