@@ -68,7 +68,8 @@ def _write(
     if cur_pos_B is None:
         if length > cache_BSGK.shape[1]:
             raise ValueError(f"{length} tokens do not fit a cache of {cache_BSGK.shape[1]} positions")
-        return jax.lax.dynamic_update_slice(cache_BSGK, new_BLGK, (first_row, 0, 0, 0))
+        zero = jnp.zeros_like(first_row)  # indices must be of one type, whichever is the default
+        return jax.lax.dynamic_update_slice(cache_BSGK, new_BLGK, (first_row, zero, zero, zero))
     if length == 1:
         # The hot path of decoding. The caller keeps positions within the cache, so no bounds are checked.
         return cache_BSGK.at[jnp.arange(rows), cur_pos_B].set(

@@ -3,11 +3,22 @@
 Each takes any leading axes, written `..`: only attention knows sequences.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .config import LlamaConfig, RopeScaling
+
+# Sees a component of the model by name while the function is traced, and returns what the computation goes on with.
+Probe = Callable[[str, jax.Array], jax.Array]
+
+
+def unprobed(name: str, x: jax.Array) -> jax.Array:
+    """The probe of training and serving: nothing is seen, nothing changes, and nothing of it is compiled."""
+    del name
+    return x
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -86,7 +97,13 @@ def project_qkv(x: jax.Array, wqkv_GRKD: jax.Array) -> tuple[jax.Array, jax.Arra
     return q, qkv[..., width - 2, :], qkv[..., width - 1, :]
 
 
-def feed_forward(x: jax.Array, w13_2FD: jax.Array, w2_DF: jax.Array) -> jax.Array:
-    """SwiGLU: (silu(x w1) * (x w3)) w2 (Shazeer, 2020). Returns this shard's partial sum (.., D)."""
+def feed_forward(x: jax.Array, w13_2FD: jax.Array, w2_DF: jax.Array, probe: Probe = unprobed) -> jax.Array:
+    """SwiGLU: (silu(x w1) * (x w3)) w2 (Shazeer, 2020). Returns this shard's partial sum (.., D).
+
+    The activation is computed in float32 and rounded once: silu in bfloat16 would round three times.
+    """
+    acc = accumulator(x.dtype)
     gate_up = dot("...d,cfd->...cf", x, w13_2FD)
-    return dot("...f,df->...d", jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], w2_DF)
+    gate, up = probe("gate", gate_up[..., 0, :]), probe("up", gate_up[..., 1, :])
+    activation = probe("activation", (jax.nn.silu(gate.astype(acc)) * up.astype(acc)).astype(x.dtype))
+    return dot("...f,df->...d", activation, w2_DF)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from .attention import attend, choose_backend
 from .config import LlamaConfig
 from .kv_cache import KVCache
-from .layers import apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles
+from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
 from .mesh import check_mesh
 from .sharding import DATA, MODEL, SPECS
 from .weights import LayerWeights, XfmrWeights
@@ -84,18 +84,20 @@ def xfmr(
     return sharded(weights, tokens_BL, jnp.asarray(first_row, jnp.int32), given)
 
 
+LAYER_PSPECS = LayerWeights(
+    attention_norm=SPECS["norm"],
+    wqkv=SPECS["wqkv"],
+    wo=SPECS["wo"],
+    ffn_norm=SPECS["norm"],
+    w13=SPECS["w13"],
+    w2=SPECS["w2"],
+)
+
+
 def _weight_pspecs(weights: XfmrWeights) -> XfmrWeights:
-    layer = LayerWeights(
-        attention_norm=SPECS["norm"],
-        wqkv=SPECS["wqkv"],
-        wo=SPECS["wo"],
-        ffn_norm=SPECS["norm"],
-        w13=SPECS["w13"],
-        w2=SPECS["w2"],
-    )
     return XfmrWeights(
         tok_embeddings=SPECS["tok_embeddings"],
-        layers=(layer,) * len(weights.layers),
+        layers=(LAYER_PSPECS,) * len(weights.layers),
         norm=SPECS["norm"],
         output=None if weights.output is None else SPECS["output"],
     )
@@ -114,22 +116,18 @@ def _forward(
     """One device's forward pass; the letters mean its local part."""
     cur_pos_B, caches = given.get("cur_pos_B"), given.get("kv_cache")
     dropout = Dropout(dropout_rate, given["dropout_key"]) if "dropout_key" in given else None
-    batch, length = tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    if cur_pos_B is not None:
-        positions_BL = positions_BL + cur_pos_B[:, None]
+    rotary = rotary_positions(config, tokens_BL.shape, cur_pos_B)
 
     with jax.named_scope("embedding"):
-        h_BLD = _embed(weights.tok_embeddings, tokens_BL)
+        h_BLD = embed(weights.tok_embeddings, tokens_BL)
     h_BLD = _drop(h_BLD, dropout, 0)
-    cos, sin = rope_angles(config, positions_BL)
 
     new_caches = []
     for i, layer_weights in enumerate(weights.layers):
         h_BLD, cache = _layer(
             layer_weights,
             h_BLD,
-            (positions_BL, cos, sin),
+            rotary,
             None if caches is None else caches[i],
             cur_pos_B,
             first_row,
@@ -144,48 +142,69 @@ def _forward(
     if "logits_at_B" in given:
         h_BLD = jnp.take_along_axis(h_BLD, given["logits_at_B"][:, None, None], axis=1)[:, 0]
     with jax.named_scope("logits"):
-        output = weights.tok_embeddings if weights.output is None else weights.output
-        logits = _logits(rms_norm(h_BLD, weights.norm, config.norm_eps), output, config)
+        logits = head(h_BLD, weights.norm, weights.tok_embeddings if weights.output is None else weights.output, config)
     return logits, None if caches is None else tuple(new_caches)
 
 
-# One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
-@functools.partial(jax.jit, static_argnames=("config", "backend", "dropout_rate"))
-def _layer(
+def rotary_positions(
+    config: LlamaConfig, shape: tuple[int, int], cur_pos_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Positions (B, L) of a step's tokens, and cos and sin (B, L, K/2) of their rotary angles."""
+    positions_BL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    if cur_pos_B is not None:
+        positions_BL = positions_BL + cur_pos_B[:, None]
+    return positions_BL, *rope_angles(config, positions_BL)
+
+
+def transformer_layer(
     w: LayerWeights,
     h_BLD: jax.Array,
     rotary: tuple[jax.Array, jax.Array, jax.Array],
     cache: KVCache | None,
     cur_pos_B: jax.Array | None,
-    first_row: jax.Array,
+    first_row: jax.Array | int,
     dropout_key: jax.Array | None,
-    layer: jax.Array,
+    layer: jax.Array | int,
     *,
     config: LlamaConfig,
     backend: str,
-    dropout_rate: float,
+    dropout_rate: float = 0.0,
+    probe: Probe = unprobed,
 ) -> tuple[jax.Array, KVCache | None]:
+    """One device's part of a layer: h (B, L, D) to h (B, L, D), and the updated cache.
+
+    `rotary` comes from `rotary_positions`; the other arguments are those of `xfmr`. `probe` is given every component
+    that has a name in `parity.components`.
+    """
     positions_BL, cos, sin = rotary
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
 
     with jax.named_scope("attention"):
-        q_BLHK, k_BLGK, v_BLGK = project_qkv(rms_norm(h_BLD, w.attention_norm, config.norm_eps), w.wqkv)
-        q_BLHK, k_BLGK = apply_rotary_emb(q_BLHK, cos, sin), apply_rotary_emb(k_BLGK, cos, sin)
+        x_BLD = probe("attention_norm", rms_norm(h_BLD, w.attention_norm, config.norm_eps))
+        q_BLHK, k_BLGK, v_BLGK = project_qkv(x_BLD, w.wqkv)
+        q_BLHK, k_BLGK, v_BLGK = probe("q", q_BLHK), probe("k", k_BLGK), probe("v", v_BLGK)
+        q_BLHK = probe("q_rotated", apply_rotary_emb(q_BLHK, cos, sin))
+        k_BLGK = probe("k_rotated", apply_rotary_emb(k_BLGK, cos, sin))
         if cache is not None:
             cache = cache.update(k_BLGK, v_BLGK, cur_pos_B, first_row)
         from_zero = cur_pos_B is None
         keys, values = (k_BLGK, v_BLGK) if from_zero else cache
-        attn_BLHK = attend(backend, q_BLHK, keys, values, positions_BL, from_zero=from_zero)
-        partial_BLD = dot("...hk,dhk->...d", attn_BLHK, w.wo)
-        h_BLD = h_BLD + _drop(jax.lax.psum(partial_BLD, MODEL), dropout, 2 * layer + 1)
+        attn_BLHK = probe("attn", attend(backend, q_BLHK, keys, values, positions_BL, from_zero=from_zero))
+        attn_BLD = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_BLHK, w.wo), MODEL))
+        h_BLD = probe("attn_residual", h_BLD + _drop(attn_BLD, dropout, 2 * layer + 1))
 
     with jax.named_scope("feed_forward"):
-        partial_BLD = feed_forward(rms_norm(h_BLD, w.ffn_norm, config.norm_eps), w.w13, w.w2)
-        h_BLD = h_BLD + _drop(jax.lax.psum(partial_BLD, MODEL), dropout, 2 * layer + 2)
+        x_BLD = probe("ffn_norm", rms_norm(h_BLD, w.ffn_norm, config.norm_eps))
+        down_BLD = probe("down", jax.lax.psum(feed_forward(x_BLD, w.w13, w.w2, probe), MODEL))
+        h_BLD = probe("ffn_residual", h_BLD + _drop(down_BLD, dropout, 2 * layer + 2))
     return h_BLD, cache
 
 
-def _embed(tok_embeddings_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+# One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
+_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "dropout_rate"))
+
+
+def embed(tok_embeddings_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Each shard looks up the tokens of its part of the vocabulary; the others contribute zero."""
     n_local = tok_embeddings_VD.shape[0]
     local_BL = tokens_BL - jax.lax.axis_index(MODEL) * n_local
@@ -194,8 +213,11 @@ def _embed(tok_embeddings_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     return jax.lax.psum(jnp.where(mine_BL[..., None], x_BLD, 0), MODEL)
 
 
-def _logits(x: jax.Array, output_VD: jax.Array, config: LlamaConfig) -> jax.Array:
-    """x (.., D) to this shard's logits (.., V), -inf for the padding of the vocabulary."""
+def head(
+    h: jax.Array, norm_D: jax.Array, output_VD: jax.Array, config: LlamaConfig, probe: Probe = unprobed
+) -> jax.Array:
+    """h (.., D) to this shard's logits (.., V), -inf for the padding of the vocabulary."""
+    x = probe("norm", rms_norm(h, norm_D, config.norm_eps))
     acc = jnp.promote_types(x.dtype, jnp.float32)
     logits = dot("...d,vd->...v", x, output_VD, out_dtype=acc)
     ids_V = jax.lax.axis_index(MODEL) * output_VD.shape[0] + jnp.arange(output_VD.shape[0])

@@ -25,6 +25,9 @@ SPECS: dict[str, P] = {
     # Activations and step inputs.
     "tokens": P(DATA),  # (B, ...) tokens, positions, lengths, per-row sampling parameters
     "hidden": P(DATA, None, None),  # (B, L, D)
+    "heads": P(DATA, None, MODEL),  # (B, L, H or G', K)
+    "attn_weights": P(DATA, MODEL),  # (B, H, L, S)
+    "feed_forward": P(DATA, None, MODEL),  # (B, L, F)
     "logits": P(DATA, None, MODEL),  # (B, L, V)
     "last_logits": P(DATA, MODEL),  # (B, V)
     "replicated": P(),  # sampled tokens leaving a step, so that every process can read them

@@ -5,11 +5,11 @@ import jax
 from ..config import LlamaConfig
 from ..errors import ConfigError
 from . import cudnn
-from .reference import blockwise_attn, grouped_query_attn
+from .reference import attention_weights, blockwise_attn, grouped_query_attn
 
 BACKENDS = ("cudnn", "blockwise", "reference")
 
-__all__ = ["BACKENDS", "attend", "blockwise_attn", "choose_backend", "grouped_query_attn"]
+__all__ = ["BACKENDS", "attend", "attention_weights", "blockwise_attn", "choose_backend", "grouped_query_attn"]
 
 
 def choose_backend(config: LlamaConfig, device: jax.Device, requested: str | None = None) -> str:

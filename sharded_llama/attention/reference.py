@@ -14,11 +14,15 @@ def grouped_query_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, 
     Key j is at position j; a query at position p sees keys 0..p. Scores and softmax are float32
     (float64 for a float64 model). Returns (B, L, H, K) in q's dtype.
     """
+    weights_BGRLS = attention_weights(q_BLHK, k_BSGK, q_pos_BL).astype(v_BSGK.dtype)
+    return dot("bgrls,bsgk->blgrk", weights_BGRLS, v_BSGK).reshape(q_BLHK.shape)
+
+
+def attention_weights(q_BLHK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array) -> jax.Array:
+    """Softmax (B, G, R, L, S) of the causal scores, float32 (float64 for a float64 model); rows over S sum to 1."""
     n_kv_heads = k_BSGK.shape[2]
     q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
-    scores = _masked_scores(q_BLGRK, k_BSGK, q_pos_BL, first_key=0)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    return dot("bgrls,bsgk->blgrk", probs, v_BSGK).reshape(q_BLHK.shape)
+    return jax.nn.softmax(_masked_scores(q_BLGRK, k_BSGK, q_pos_BL, first_key=0), axis=-1)
 
 
 def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_pos_BL: jax.Array) -> jax.Array:

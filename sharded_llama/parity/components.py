@@ -97,4 +97,4 @@ class Reference(Protocol):
         """The embedding, every layer and the head, in order. Holds the values of one stage at a time."""
 
     def greedy(self, tokens_BL: np.ndarray, new_tokens: int) -> Greedy:
-        """The tokens that it finds most likely after each row, one after the other; end-of-sequence tokens count as any."""
+        """The tokens that it finds most likely after each row, one by one; end-of-sequence tokens end nothing."""

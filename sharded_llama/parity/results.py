@@ -1,5 +1,6 @@
 """The results of a comparison, as plain data."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ class Difference(NamedTuple):
     worst: Worst | None  # None where nothing differs
 
 
+def _within(judged: float, bound: float | None) -> bool:
+    """Values that are not finite never pass, whatever is expected."""
+    return not math.isnan(judged) and (bound is None or judged <= bound)
+
+
 @dataclass(frozen=True)
 class Row:
     """One component of one stage."""
@@ -34,12 +40,14 @@ class Row:
     axes: str  # of `difference.worst.position`, such as "BLHK"
     difference: Difference
     noise: float | None  # how far the reference itself is from a run in higher precision, cumulatively
-    judged: float  # the relative distance that the bound is for: from the reference, in half precision from exact values
+    judged: (
+        float  # the relative distance that the bound is for: from the reference, in half precision from exact values
+    )
     bound: float | None  # None: the contract has none
 
     @property
     def passed(self) -> bool:
-        return self.bound is None or self.judged <= self.bound  # false for NaN
+        return _within(self.judged, self.bound)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class LogitsRow:
 
     @property
     def passed(self) -> bool:
-        return self.close and (self.bound is None or self.judged <= self.bound)
+        return self.close and _within(self.judged, self.bound)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -36,6 +37,7 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 METADATA = "__metadata__"  # of a header: free text, strings by name
+CHECKPOINT_METADATA = MappingProxyType({"format": "pt"})  # transformers refuses files that do not say so
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 
 MAX_HEADER_BYTES = 16 << 20  # some 100,000 tensors. The reference has 100 MB, but parsing can take 30 times the memory
@@ -166,6 +168,11 @@ def read_header(file: Path) -> dict[str, FileTensor]:
 
     Raises CheckpointError when the file is truncated, or its header malformed or at odds with the file's size.
     """
+    return read_header_and_metadata(file)[0]
+
+
+def read_header_and_metadata(file: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """What `read_header` returns, and the file's metadata: text by name, empty where there is none."""
     check_regular(file)
     try:
         with open(file, "rb") as f:
@@ -193,7 +200,7 @@ def read_header(file: Path) -> dict[str, FileTensor]:
         raise CheckpointError(f"{file}: its {METADATA} is not an object of strings: {reprlib.repr(metadata)}.")
     tensors = {name: _parse_entry(file, 8 + length, name, entry) for name, entry in header.items()}
     _check_layout(file, 8 + length, size, tensors)
-    return {name: tensor for name, tensor in tensors.items() if not _is_derived(name)}
+    return {name: tensor for name, tensor in tensors.items() if not _is_derived(name)}, metadata or {}
 
 
 def _parse_entry(file: Path, data_start: int, name: str, entry: Any) -> FileTensor:
@@ -244,10 +251,15 @@ def _check_layout(file: Path, data_start: int, size: int, tensors: Mapping[str, 
 
 
 class SafetensorsWriter:
-    """Writes a file that holds `tensors` (by stored name): their bytes in that order, each in one or more blocks."""
+    """Writes a file that holds `tensors` (by stored name): their bytes in that order, each in one or more blocks.
 
-    def __init__(self, file: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    `metadata` is text by name that stands in the header.
+    """
+
+    def __init__(
+        self, file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = CHECKPOINT_METADATA
+    ) -> None:
+        header: dict[str, Any] = {METADATA: dict(metadata)}
         end = 0
         for name, info in tensors.items():
             begin, end = end, end + info.nbytes

@@ -1,0 +1,242 @@
+"""The engine's own components: the functions that serve, run stage by stage with a probe that keeps what it sees.
+
+Nothing here is a second model. `embed`, `transformer_layer` and `head` are the functions that `xfmr` is made of; a
+probe keeps their components as further outputs and, where a reference's values are fed, hands these on in their place.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ..attention import attention_weights
+from ..config import LlamaConfig
+from ..engine.llm import LLM
+from ..kv_cache import KVCache
+from ..model import LAYER_PSPECS, embed, head, rotary_positions, transformer_layer
+from ..sharding import DATA, MODEL, SPECS, padded
+from ..weights import LayerWeights
+from .components import HEAD_AXES, LAYER_AXES
+
+Arrays = dict[str, np.ndarray]
+
+# Entry of the sharding table by axes.
+_LAYOUTS = {
+    "BLD": "hidden",
+    "BLHK": "heads",
+    "BLGK": "heads",
+    "BHLS": "attn_weights",
+    "BLF": "feed_forward",
+    "BLV": "logits",
+}
+_LAYER_LAYOUTS = {name: _LAYOUTS[axes] for name, axes in LAYER_AXES.items()}
+_CACHED_FED = ("q_rotated", "k_rotated", "v")  # all that attention through the cache depends on
+
+
+class Capture:
+    """The components of one model, for (B, L) arrays of tokens. B need not divide over the mesh.
+
+    What goes in and comes out are host arrays in the axes of `parity.components`, but that k, v and what is cached of
+    them come out with every repeated kv head: (B, L, G', K).
+    """
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+        self._static = {"config": llm.config, "mesh": llm.mesh, "backend": llm.steps.backend}
+
+    def embedding(self, tokens_BL: np.ndarray) -> np.ndarray:
+        """The embeddings (B, L, D)."""
+        tokens = self._put("tokens", tokens_BL.astype(np.int32))
+        return self._fetch(_embedding(self.llm.weights.tok_embeddings, tokens, mesh=self.llm.mesh), len(tokens_BL))
+
+    def layer(
+        self, layer: int, h_BLD: np.ndarray, fed: Mapping[str, np.ndarray] | None = None, *, weights: bool = True
+    ) -> Arrays:
+        """Every component of a layer whose input is `h_BLD`.
+
+        Components in `fed` are computed and then replaced by the given values, which is what those after them see.
+        `weights=False` leaves out attn_weights, which grow with the square of the length.
+        """
+        fed = {name: self._feed(name, x) for name, x in (fed or {}).items() if name != "attn_weights"}
+        out = _layer(self.llm.weights.layers[layer], self._put("hidden", h_BLD), fed, weights=weights, **self._static)
+        return self._host(LAYER_AXES, out, len(h_BLD))
+
+    def cached_layer(self, layer: int, h_BLD: np.ndarray, fed: Mapping[str, np.ndarray], chunk: int) -> Arrays:
+        """Attention through the KV cache, fed with rotated q and k and with v: k_cache, v_cache and cached_attn.
+
+        The tokens come in chunks of `chunk`, the last three one by one, as a prompt that is continued and then decoded.
+        """
+        batch, length = h_BLD.shape[:2]
+        pieces = pieces_of(length, chunk, n_single=3)
+        cache_length = length + chunk  # the last chunk is padded
+        rows = -(-batch // self.llm.mesh.shape[DATA]) * self.llm.mesh.shape[DATA]
+        (cache,) = KVCache.new(self.llm.config.replace(n_layers=1), self.llm.mesh, rows, cache_length)
+        outputs = []
+        for start, stop, size in pieces:
+            piece = {name: _cut(fed[name], start, stop, size) for name in _CACHED_FED}
+            attn, cache = _cached_layer(
+                self.llm.weights.layers[layer],
+                self._put("hidden", _cut(h_BLD, start, stop, size)),
+                {name: self._feed(name, x) for name, x in piece.items()},
+                cache,
+                self._put("tokens", np.full(batch, start, np.int32)),
+                **self._static,
+            )
+            outputs.append(self._fetch(attn, batch)[:, : stop - start])
+        k_cache, v_cache = (self._fetch(x, batch)[:, :length] for x in cache)
+        return {"k_cache": k_cache, "v_cache": v_cache, "cached_attn": np.concatenate(outputs, axis=1)}
+
+    def head(self, h_BLD: np.ndarray, norm_BLD: np.ndarray | None = None) -> Arrays:
+        """The final norm of `h_BLD`, and the logits (B, L, V) of it, or of `norm_BLD` where that is given."""
+        weights = self.llm.weights
+        output = weights.tok_embeddings if weights.output is None else weights.output
+        fed = {} if norm_BLD is None else {"norm": self._put("hidden", norm_BLD)}
+        h = self._put("hidden", h_BLD)
+        out = _head(h, weights.norm, output, fed, config=self.llm.config, mesh=self.llm.mesh)
+        return self._host(HEAD_AXES, out, len(h_BLD))
+
+    def _put(self, layout: str, x: np.ndarray) -> jax.Array:
+        """A host array in its shards, with rows added that repeat the first so that the batch divides."""
+        missing = -len(x) % self.llm.mesh.shape[DATA]
+        return self.llm.steps.put(layout, np.concatenate([x, *[x[:1]] * missing]) if missing else x)
+
+    def _feed(self, name: str, x: np.ndarray) -> jax.Array:
+        """A component of the reference in the form that it has on this mesh: heads repeated, widths padded."""
+        axes, model = LAYER_AXES[name], self.llm.mesh.shape[MODEL]
+        if "G" in axes:
+            x = np.repeat(x, max(1, model // self.llm.config.n_kv_heads), axis=axes.index("G"))
+        if "F" in axes:
+            width = x.shape[-1]
+            x = np.pad(x, [(0, 0), (0, 0), (0, padded(width, model) - width)])
+        return self._put(_LAYER_LAYOUTS[name], x)
+
+    def _fetch(self, x: jax.Array, batch: int) -> np.ndarray:
+        """The first `batch` rows on the host, in every process."""
+        if not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)[:batch]
+
+    def _host(self, axes: Mapping[str, str], computed: Mapping[str, jax.Array], batch: int) -> Arrays:
+        """Components on the host in the order of `axes`, without padding."""
+        sizes = {"F": self.llm.config.ffn_dim, "V": self.llm.config.vocab_size}
+        return {
+            name: self._fetch(computed[name], batch)[..., : sizes.get(letters[-1])]
+            for name, letters in axes.items()
+            if name in computed
+        }
+
+
+def pieces_of(length: int, chunk: int, n_single: int) -> list[tuple[int, int, int]]:
+    """(start, stop, size) of chunks of one size, the last padded to it, and of single tokens at the end."""
+    end = max(0, length - n_single)
+    chunks = [(start, min(start + chunk, end), chunk) for start in range(0, end, chunk)]
+    return chunks + [(i, i + 1, 1) for i in range(end, length)]
+
+
+def _cut(x: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
+    """Tokens start..stop of (B, L, ..), padded with zeros to `size` tokens."""
+    piece = x[:, start:stop]
+    return np.pad(piece, [(0, 0), (0, size - piece.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+
+class _Keep:
+    """A probe that keeps every component and hands on those that are fed."""
+
+    def __init__(self, fed: Mapping[str, jax.Array]):
+        self.fed = fed
+        self.seen: dict[str, jax.Array] = {}
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        self.seen[name] = x
+        return self.fed.get(name, x)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _embedding(tok_embeddings_VD: jax.Array, tokens_BL: jax.Array, *, mesh: Mesh) -> jax.Array:
+    specs = (SPECS["tok_embeddings"], SPECS["tokens"])
+    return jax.shard_map(embed, mesh=mesh, in_specs=specs, out_specs=SPECS["hidden"])(tok_embeddings_VD, tokens_BL)
+
+
+@functools.partial(jax.jit, static_argnames=("weights", "config", "mesh", "backend"))
+def _layer(
+    w: LayerWeights,
+    h_BLD: jax.Array,
+    fed: dict[str, jax.Array],
+    *,
+    weights: bool,
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+) -> dict[str, jax.Array]:
+    """A layer of a prompt that attends to itself, as prefill runs it."""
+
+    def run(w: LayerWeights, h_BLD: jax.Array, fed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        keep = _Keep(fed)
+        rotary = rotary_positions(config, h_BLD.shape[:2], None)
+        transformer_layer(w, h_BLD, rotary, None, None, 0, None, 0, config=config, backend=backend, probe=keep)
+        if weights:
+            q, k = (keep.fed.get(name, keep.seen[name]) for name in ("q_rotated", "k_rotated"))
+            probs_BGRLS = attention_weights(q, k, rotary[0]).astype(q.dtype)
+            keep("attn_weights", probs_BGRLS.reshape(q.shape[0], q.shape[2], *probs_BGRLS.shape[-2:]))
+        return keep.seen
+
+    in_specs = (LAYER_PSPECS, SPECS["hidden"], {name: SPECS[_LAYER_LAYOUTS[name]] for name in fed})
+    out_specs = {n: SPECS[layout] for n, layout in _LAYER_LAYOUTS.items() if weights or n != "attn_weights"}
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
+    return sharded(w, h_BLD, fed)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="cache")
+def _cached_layer(
+    w: LayerWeights,
+    h_BLD: jax.Array,
+    fed: dict[str, jax.Array],
+    cache: KVCache,
+    cur_pos_B: jax.Array,
+    *,
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+) -> tuple[jax.Array, KVCache]:
+    """Attention of tokens at `cur_pos_B` and after to the cache, and the cache with them."""
+
+    def run(
+        w: LayerWeights, h_BLD: jax.Array, fed: dict[str, jax.Array], cache: KVCache, cur_pos_B: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        keep = _Keep(fed)
+        rotary = rotary_positions(config, h_BLD.shape[:2], cur_pos_B)
+        _, cache = transformer_layer(
+            w, h_BLD, rotary, cache, cur_pos_B, 0, None, 0, config=config, backend=backend, probe=keep
+        )
+        return keep.seen["attn"], cache
+
+    fed_specs = {name: SPECS[_LAYER_LAYOUTS[name]] for name in fed}
+    in_specs = (LAYER_PSPECS, SPECS["hidden"], fed_specs, SPECS["kv_cache"], SPECS["tokens"])
+    out_specs = (SPECS["heads"], SPECS["kv_cache"])
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
+    return sharded(w, h_BLD, fed, cache, cur_pos_B)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _head(
+    h_BLD: jax.Array,
+    norm_D: jax.Array,
+    output_VD: jax.Array,
+    fed: dict[str, jax.Array],
+    *,
+    config: LlamaConfig,
+    mesh: Mesh,
+) -> dict[str, jax.Array]:
+    def run(
+        h_BLD: jax.Array, norm_D: jax.Array, output_VD: jax.Array, fed: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        keep = _Keep(fed)
+        logits = head(h_BLD, norm_D, output_VD, config, keep)
+        return {"norm": keep.seen["norm"], "logits": logits}
+
+    in_specs = (SPECS["hidden"], SPECS["norm"], SPECS["output"], {name: SPECS["hidden"] for name in fed})
+    out_specs = {"norm": SPECS["hidden"], "logits": SPECS["logits"]}
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(h_BLD, norm_D, output_VD, fed)

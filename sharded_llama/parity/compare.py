@@ -1,0 +1,135 @@
+"""The comparison itself: the engine and a reference in step, stage by stage, then whole prompts and continuations."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..engine.llm import LLM
+from ..errors import ParityError
+from .capture import Arrays, Capture
+from .components import EMBEDDING, HEAD, Reference, Stage, stage_axes
+from .contract import CONTRACT, NO_BOUND, WHOLE_LAYER, judge
+from .decoding import compare_greedy, compare_logits
+from .measure import measure
+from .results import CUMULATIVE, ISOLATED, MODES, Report, Row
+
+# What the isolated mode adds to a layer's components, and the reference's component that each is compared with.
+ADDED = {WHOLE_LAYER: "ffn_residual", "k_cache": "k_rotated", "v_cache": "v", "cached_attn": "attn"}
+DEFAULT_CHUNK, DEFAULT_NEW_TOKENS = 8, 16
+
+
+def compare(
+    llm: LLM,
+    reference: Reference,
+    tokens_BL: np.ndarray,
+    *,
+    modes: Sequence[str] = MODES,
+    chunk: int = DEFAULT_CHUNK,
+    new_tokens: int = DEFAULT_NEW_TOKENS,
+    expect: str = CONTRACT,
+    settings: dict[str, Any] | None = None,
+) -> Report:
+    """Compares every component of `llm` with `reference` on the same tokens.
+
+    Args:
+      tokens_BL: token ids (B, L); every position is compared.
+      modes: ISOLATED: each component is fed the reference's own inputs. CUMULATIVE: the engine's own.
+      chunk: tokens of a chunk where the prompt goes through the cache in chunks.
+      new_tokens: of the greedy continuation; 0 leaves it out.
+      expect: CONTRACT: the bounds of `parity.contract`. EXACT: every value must be equal. NO_BOUND: differences are
+        reported, nothing is expected, and the reference may be of another type.
+      settings: what the report says of itself.
+
+    Host memory holds the reference's and our values of one stage at a time, and the logits. Raises ParityError when
+    tokens or types do not fit.
+    """
+    check_tokens(llm, tokens_BL, new_tokens)
+    if reference.dtype != llm.config.dtype and expect != NO_BOUND:
+        raise ParityError(f"the reference is {reference.dtype}, the model {llm.config.dtype}: compare equal types.")
+    rows: list[Row] = []
+    head: Stage | None = None
+    run = _Run(llm, chunk, expect)
+    n_stages = llm.config.n_layers + 2
+    stages = reference.stages(tokens_BL)
+    for stage in tqdm(stages, total=n_stages, desc="comparing", unit="stage", leave=False, disable=None):
+        rows += run.rows(stage, tokens_BL, modes)
+        head = stage
+    if head is None or head.name != HEAD:
+        raise ParityError("the reference ended before its head.")
+    logits = compare_logits(llm, head, tokens_BL, chunk, expect)
+    greedy = compare_greedy(llm, reference, head, tokens_BL, new_tokens, expect) if new_tokens else ()
+    return Report(settings or {}, tuple(rows), logits, greedy)
+
+
+def check_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> None:
+    """Raises ParityError for tokens that the model cannot take."""
+    config = llm.config
+    if tokens_BL.ndim != 2 or not tokens_BL.size:
+        raise ParityError(f"expected a (rows, length) array of tokens, got shape {tokens_BL.shape}.")
+    if tokens_BL.min() < 0 or tokens_BL.max() >= config.vocab_size:
+        raise ParityError(f"token ids must lie in 0..{config.vocab_size - 1}.")
+    length = tokens_BL.shape[1]
+    if length + new_tokens > config.max_seq_len:
+        raise ParityError(
+            f"the prompt of {length} tokens and {new_tokens} new ones do not fit the model's context of "
+            f"{config.max_seq_len}: shorten the prompt or the continuation."
+        )
+
+
+class _Run:
+    """The state of a comparison between stages: the reference's hidden state and our own."""
+
+    def __init__(self, llm: LLM, chunk: int, expect: str):
+        self.capture = Capture(llm)
+        self.dtype = llm.config.dtype
+        self.chunk = chunk
+        self.expect = expect
+        self.layer = 0
+        self.theirs: np.ndarray | None = None  # (B, L, D)
+        self.own: np.ndarray | None = None
+
+    def rows(self, stage: Stage, tokens_BL: np.ndarray, modes: Sequence[str]) -> Iterator[Row]:
+        """The rows of the next stage."""
+        for mode in MODES:
+            if mode in modes:
+                for name, ours in self._compute(mode, stage, tokens_BL).items():
+                    yield self._row(mode, stage, name, ours)
+        if stage.name == EMBEDDING:
+            self.theirs = stage.values[EMBEDDING]
+        elif stage.name != HEAD:
+            self.theirs = stage.values["ffn_residual"]
+            self.layer += 1
+
+    def _compute(self, mode: str, stage: Stage, tokens_BL: np.ndarray) -> Arrays:
+        """Our components of a stage, in the order of computation."""
+        if stage.name == EMBEDDING:
+            self.own = self.capture.embedding(tokens_BL)
+            return {EMBEDDING: self.own}
+        if stage.name == HEAD:
+            isolated = mode == ISOLATED
+            return self.capture.head(self.theirs if isolated else self.own, stage.values["norm"] if isolated else None)
+        weights = "attn_weights" in stage.values
+        if mode == CUMULATIVE:
+            ours = self.capture.layer(self.layer, self.own, weights=weights)
+            self.own = ours["ffn_residual"]
+            return ours
+        ours = self.capture.layer(self.layer, self.theirs, stage.values, weights=weights)
+        ours[WHOLE_LAYER] = self.capture.layer(self.layer, self.theirs, weights=weights)["ffn_residual"]
+        return ours | self.capture.cached_layer(self.layer, self.theirs, stage.values, self.chunk)
+
+    def _row(self, mode: str, stage: Stage, name: str, ours: np.ndarray) -> Row:
+        of = ADDED.get(name, name)
+        axes = stage_axes(stage.name)[of]
+        theirs, noise, exact = stage.values[of], None, None
+        if mode == CUMULATIVE:
+            noise = stage.noise.get(of)
+            exact = stage.exact_logits if name == "logits" else None
+        elif name != WHOLE_LAYER:
+            exact = stage.exact.get(of)
+        copies = ours.shape[2] // theirs.shape[2] if "G" in axes else 1  # every repeated kv head is compared
+        if copies > 1:
+            theirs, exact = (None if x is None else np.repeat(x, copies, axis=2) for x in (theirs, exact))
+        judged, bound = judge(mode, name, self.dtype, self.expect, ours, theirs, exact, noise)
+        return Row(mode, stage.name, name, axes, measure(ours, theirs, copies), noise, judged, bound)

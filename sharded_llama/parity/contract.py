@@ -1,0 +1,80 @@
+"""The numerics contract (docs/design.md): how far each component may be from the reference.
+
+Distances are norms of the difference over norms of the reference. A rule gives two numbers: the distance that is judged
+and the bound that it is held to, None where the contract has none.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from .results import ISOLATED
+
+# What is expected of a comparison: equal values, the contract, or nothing (as between two types).
+EXACT, CONTRACT, NO_BOUND = "exact", "contract", "no bound"
+
+FLOAT64 = 1e-10
+FLOAT32_LEAF = 1e-6  # a component fed the reference's own inputs
+FLOAT32_LAYER = 3e-6  # a whole layer fed the reference's input
+FLOAT32_LOGITS = 1e-5  # at least; else NOISE times the reference's own distance from float64
+NOISE = 1.5
+HALF = 1.25  # times the reference's own distance from float32
+RTOL, ATOL = 1e-3, 1e-2  # float32 logits, everywhere
+
+WHOLE_LAYER = "layer"
+COPIES = ("k_cache", "v_cache")  # what the cache holds is what was written
+
+
+def distance(x: np.ndarray, reference: np.ndarray) -> float:
+    """Norm of the difference over norm of the reference, in float64; NaN when either has values that are not finite."""
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    norm = np.linalg.norm(reference)
+    error = np.linalg.norm(x - reference)
+    if error == 0:
+        return 0.0
+    return float(error / norm) if norm else float("inf")
+
+
+def unit_roundoff(dtype: str) -> float:
+    """The largest relative error of rounding to `dtype`: 2^-8 for bfloat16, 2^-11 for float16."""
+    return float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def judge(
+    mode: str,
+    component: str,
+    dtype: str,
+    expect: str,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    exact: np.ndarray | None,
+    noise: float | None,
+) -> tuple[float, float | None]:
+    """(judged distance, bound) of a component.
+
+    Args:
+      mode: ISOLATED or CUMULATIVE.
+      dtype: of the model and, under CONTRACT, of the reference.
+      expect: EXACT, CONTRACT or NO_BOUND.
+      exact: in half precision, the component in float32 of the same inputs; for cumulative logits, those of a whole
+        run in float32. None where the reference has none.
+      noise: the reference's own distance from a run in higher precision, or None.
+    """
+    apart = distance(ours, theirs)
+    if expect != CONTRACT:
+        return apart, 0.0 if expect == EXACT else None
+    if mode == ISOLATED and component in COPIES:
+        return apart, 0.0
+    if dtype == "float64":
+        return apart, FLOAT64
+    if dtype == "float32":
+        if mode == ISOLATED:
+            return apart, FLOAT32_LAYER if component == WHOLE_LAYER else FLOAT32_LEAF
+        return apart, max(FLOAT32_LOGITS, NOISE * (noise or 0.0))
+    if mode == ISOLATED and component != WHOLE_LAYER:
+        if exact is None:
+            return apart, 2 * unit_roundoff(dtype)  # each side within one rounding of what is exact
+        # Where both round once, some split sums of a mesh round twice: one unit is always allowed.
+        return distance(ours, exact), max(HALF * distance(theirs, exact), unit_roundoff(dtype))
+    if component == "logits" and exact is not None:
+        return distance(ours, exact), HALF * distance(theirs, exact)
+    return apart, None

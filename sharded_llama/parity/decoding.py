@@ -1,0 +1,123 @@
+"""Whole prompts through the compiled model, in one piece and through the cache, and greedy continuations."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ..config import LlamaConfig
+from ..engine.llm import LLM
+from ..kv_cache import KVCache
+from ..model import xfmr
+from ..sharding import DATA
+from ..weights import XfmrWeights
+from .components import Reference, Stage
+from .contract import ATOL, CONTRACT, EXACT, FLOAT32_LOGITS, FLOAT64, HALF, NO_BOUND, RTOL, judge
+from .measure import kl_divergence, measure, top_k_agreement
+from .results import CUMULATIVE, GreedyRow, LogitsRow
+
+
+def compare_logits(
+    llm: LLM, head: Stage, tokens_BL: np.ndarray, chunk: int, expect: str = CONTRACT
+) -> tuple[LogitsRow, ...]:
+    """The logits of every position, computed in one piece, in chunks and token by token through the cache.
+
+    `head` is the reference's last stage. `chunk` is in tokens.
+    """
+    length, dtype = tokens_BL.shape[1], llm.config.dtype
+    theirs, noise = head.values["logits"], head.noise.get("logits")
+    rows = []
+    for way, size in (("one piece", None), (f"chunks of {chunk}", min(chunk, length)), ("token by token", 1)):
+        ours = logits_through_cache(llm, tokens_BL, size)
+        judged, bound = judge(CUMULATIVE, "logits", dtype, expect, ours, theirs, head.exact_logits, noise)
+        close = dtype != "float32" or expect != CONTRACT or np.allclose(ours, theirs, rtol=RTOL, atol=ATOL)
+        kl = kl_divergence(ours, theirs)
+        top1, top5 = (top_k_agreement(ours, theirs, k) for k in (1, 5))
+        difference = measure(ours, theirs)
+        rows.append(
+            LogitsRow(way, difference, judged, bound, bool(close), float(kl.mean()), float(kl.max()), top1, top5)
+        )
+    return tuple(rows)
+
+
+def logits_through_cache(llm: LLM, tokens_BL: np.ndarray, size: int | None) -> np.ndarray:
+    """Logits (B, L, V) of every position: the prompt goes through the cache `size` tokens at a time.
+
+    `size=None`: in one piece, as a prompt is prefilled: it attends to itself and only writes the cache.
+    """
+    (batch, length), data = tokens_BL.shape, llm.mesh.shape[DATA]
+    tokens_BL = np.concatenate([tokens_BL, *[tokens_BL[:1]] * (-batch % data)]).astype(np.int32)
+    step = functools.partial(_step, config=llm.config, mesh=llm.mesh, backend=llm.steps.backend)
+    caches = KVCache.new(llm.config, llm.mesh, len(tokens_BL), length + (size or 1))  # the last chunk is padded
+    pieces = []
+    for start in range(0, length, size or length):
+        piece = tokens_BL[:, start : start + (size or length)]
+        padded = np.pad(piece, [(0, 0), (0, (size or length) - piece.shape[1])])
+        positions = None if size is None else llm.steps.put("tokens", np.full(len(tokens_BL), start, np.int32))
+        logits, caches = step(llm.weights, llm.steps.put("tokens", padded), positions, caches)
+        if not logits.is_fully_addressable:
+            logits = multihost_utils.process_allgather(logits, tiled=True)
+        pieces.append(np.asarray(logits)[:batch, : piece.shape[1], : llm.config.vocab_size])
+    return np.concatenate(pieces, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="caches")
+def _step(
+    weights: XfmrWeights,
+    tokens_BL: jax.Array,
+    cur_pos_B: jax.Array | None,
+    caches: tuple[KVCache, ...],
+    *,
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    return xfmr(weights, config, tokens_BL, cur_pos_B, caches, mesh=mesh, backend=backend)
+
+
+def compare_greedy(
+    llm: LLM,
+    reference: Reference,
+    head: Stage,
+    tokens_BL: np.ndarray,
+    new_tokens: int,
+    expect: str = CONTRACT,
+) -> tuple[GreedyRow, ...]:
+    """The greedy continuation of every row against the reference's: where they part, and how near a tie that was."""
+    theirs = reference.greedy(tokens_BL, new_tokens)
+    ours_BN = greedy_tokens(llm, tokens_BL, new_tokens)
+    noise = _greedy_noise(llm.config.dtype, head, expect)
+    rows = []
+    for row, (mine, other, margins) in enumerate(zip(ours_BN, theirs.tokens_BN, theirs.margins_BN, strict=True)):
+        step = next(iter(np.flatnonzero(mine != other)), None)
+        at = () if step is None else (int(mine[step]), int(other[step]), float(margins[step]))
+        first = None if step is None else int(step)
+        rows.append(GreedyRow(row, new_tokens, first, *(at or (None, None, None)), noise))
+    return tuple(rows)
+
+
+def greedy_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> np.ndarray:
+    """The engine's own greedy continuation (B, N), as it serves it."""
+    prompts = [row.tolist() for row in tokens_BL]
+    answers = llm.generate(prompts, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    return np.array([answer.token_ids for answer in answers], np.int32)
+
+
+def _greedy_noise(dtype: str, head: Stage, expect: str) -> float | None:
+    """The margin between two tokens below which the contract leaves their order open; None: nothing is expected.
+
+    Both logits may be off: by what the contract allows in float64 and float32, in half precision by HALF times the
+    largest error of the reference's own logits.
+    """
+    if expect == NO_BOUND:
+        return None
+    if expect == EXACT:
+        return 0.0
+    logits = head.values["logits"]
+    own = 0.0 if head.exact_logits is None else float(np.abs(logits - head.exact_logits).max())
+    largest = float(np.abs(logits).max())
+    if dtype in ("float64", "float32"):
+        return 2 * max(HALF * own, {"float64": FLOAT64, "float32": FLOAT32_LOGITS}[dtype] * largest)
+    return None if head.exact_logits is None else 2 * HALF * own
