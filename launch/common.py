@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sharded_llama.attention import BACKENDS
-from sharded_llama.checkpoint import open_checkpoint
+from sharded_llama.checkpoint import CheckpointSource, open_checkpoint
 from sharded_llama.config import DTYPES, LlamaConfig, check_matches
 from sharded_llama.engine.llm import LLM, checkpoint_folder, load
 from sharded_llama.errors import ConfigError, MeshError, ShardedLlamaError
@@ -155,13 +155,19 @@ def choose_mesh(config: LlamaConfig) -> Mesh:
     return make_mesh(data or 1, model or 1)
 
 
-def load_model() -> LLM:
-    """The model of the flags, in its mesh. A config that disagrees with the checkpoint is an error."""
+def open_source() -> CheckpointSource:
+    """The checkpoint of the flags. A config that disagrees with it is an error."""
     source = open_checkpoint(checkpoint_folder(checkpoint_name()), rope_factor=ROPE_FACTOR.value)
-    config = source.read_config()
     if CONFIG.value is not None and "model" in CONFIG.value:
-        check_matches(LlamaConfig.from_dict(CONFIG.value.model), config)
-    return load(source, mesh=choose_mesh(config), dtype=DTYPE.value, attention=ATTENTION.value)
+        check_matches(LlamaConfig.from_dict(CONFIG.value.model), source.read_config())
+    return source
+
+
+def load_model(source: CheckpointSource | None = None, **kwargs: Any) -> LLM:
+    """The model of the flags, in its mesh: of `source` if the checkpoint is open already."""
+    source = open_source() if source is None else source
+    mesh = choose_mesh(source.read_config())
+    return load(source, mesh=mesh, dtype=DTYPE.value, attention=ATTENTION.value, **kwargs)
 
 
 def is_main_process() -> bool:

@@ -18,16 +18,11 @@ from sharded_llama.errors import RequestError
 from sharded_llama.mesh import broadcast_from_main
 from sharded_llama.sampling import SamplingParams
 
-from . import common
+from . import common, prompts as prompt_flags
 
 flags.adopt_module_key_flags(common)
+flags.adopt_module_key_flags(prompt_flags)
 
-PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt; repeatable. An empty one starts from BOS alone.")
-PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file",
-    None,
-    "File whose text is a prompt; '-' is standard input. A .jsonl file gives a prompt per line: {\"prompt\": ...}.",
-)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.", 1)
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the checkpoint's, else 0.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many most likely tokens; 0: all.")
@@ -42,35 +37,11 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 def read_prompts() -> list[str]:
     """Prompts of --prompt and --prompt_file; of the config when there are none."""
-    prompts = list(PROMPT.value)
-    if PROMPT_FILE.value:
-        prompts += _read_prompt_file(PROMPT_FILE.value)
-    prompts = prompts or list(common.setting("generate", "prompts") or [])
+    prompts = prompt_flags.given_prompts() or list(common.setting("generate", "prompts") or [])
     if not prompts:
         raise RequestError(
             "no prompt: give --prompt='...', --prompt='' to start from BOS alone, or --prompt_file=FILE."
         )
-    return prompts
-
-
-def _read_prompt_file(name: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompt_file={name}: cannot be read as UTF-8 text: {error}.") from error
-    if not name.endswith(".jsonl"):
-        return [text.removesuffix("\n")]
-    prompts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                prompts.append(json.loads(line)["prompt"])
-            except (ValueError, TypeError, KeyError):
-                prompts.append(None)
-            if not isinstance(prompts[-1], str):
-                raise RequestError(
-                    f'--prompt_file={name}, line {number}: expected an object like {{"prompt": "text"}}.'
-                )
     return prompts
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..errors import ParityError
 from .capture import Arrays, Capture
@@ -45,7 +46,7 @@ def compare(
     Host memory holds the reference's and our values of one stage at a time, and the logits. Raises ParityError when
     tokens or types do not fit.
     """
-    check_tokens(llm, tokens_BL, new_tokens)
+    check_tokens(llm.config, tokens_BL, new_tokens)
     if reference.dtype != llm.config.dtype and expect != NO_BOUND:
         raise ParityError(f"the reference is {reference.dtype}, the model {llm.config.dtype}: compare equal types.")
     rows: list[Row] = []
@@ -63,9 +64,8 @@ def compare(
     return Report(settings or {}, tuple(rows), logits, greedy)
 
 
-def check_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> None:
+def check_tokens(config: LlamaConfig, tokens_BL: np.ndarray, new_tokens: int) -> None:
     """Raises ParityError for tokens that the model cannot take."""
-    config = llm.config
     if tokens_BL.ndim != 2 or not tokens_BL.size:
         raise ParityError(f"expected a (rows, length) array of tokens, got shape {tokens_BL.shape}.")
     if tokens_BL.min() < 0 or tokens_BL.max() >= config.vocab_size:

@@ -1,0 +1,53 @@
+"""The PyTorch reference of a checkpoint, whatever its format."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from ..checkpoint import CheckpointSource, ExportFormat, convert
+from ..checkpoint.export import stored_dtype
+from ..checkpoint.hf.safetensors import SafetensorsSource
+from ..checkpoint.meta.source import MetaSource
+from ..config import LlamaConfig
+from ..errors import ParityError
+from .components import Reference
+
+
+@contextlib.contextmanager
+def torch_reference(source: CheckpointSource, config: LlamaConfig, device: str = "cpu") -> Iterator[Reference]:
+    """The checkpoint in PyTorch, in `config.dtype` on `device` ("cpu", "cuda", ...), while the block runs.
+
+    A Hugging Face folder is loaded by transformers. Meta's is run by a plain model in Meta's own layout, which shares
+    nothing with this package's reader. Any other format is exported to a temporary Hugging Face folder first. Raises
+    ParityError when torch or transformers are not installed, or cannot load it.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(source.location)
+        if not isinstance(source, SafetensorsSource | MetaSource):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sharded-llama-"))) / "hf"
+            logging.info("exporting %s to %s for the reference.", source.location, folder)
+            convert(source, config.replace(dtype=stored_dtype(source)), folder, ExportFormat("hf"))
+        yield _open(folder, isinstance(source, MetaSource), config, device)
+
+
+def _open(folder: Path, is_meta: bool, config: LlamaConfig, device: str) -> Reference:
+    try:
+        from .torch_reference import TorchReference
+
+        if is_meta:
+            from .meta_model import open_meta_model
+
+            factor = 1.0 if config.rope_scaling is None else config.rope_scaling.factor
+            return TorchReference(open_meta_model(folder, config.dtype, rope_factor=factor, device=device))
+        from .transformers_model import open_transformers
+
+        return TorchReference(open_transformers(folder, config.dtype, device))
+    except ImportError as error:
+        raise ParityError(
+            f"the reference needs torch and, for Hugging Face folders, transformers ({error}): pip install "
+            "'sharded_llama[parity]', or compare with a file that --save_reference made on another machine: "
+            "--reference=FILE."
+        ) from error
