@@ -1,0 +1,215 @@
+"""One thing at a time is broken in the engine: the comparison names the component that it is in, and no other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_reference import LLAMA3_ROPE, make_model, save
+
+import sharded_llama as sl
+from sharded_llama import kv_cache, model
+from sharded_llama.attention import reference as attention
+from sharded_llama.parity.compare import compare
+from sharded_llama.parity.results import CUMULATIVE, ISOLATED
+from sharded_llama.parity.torch_reference import TorchReference
+from sharded_llama.parity.transformers_model import open_transformers
+
+TOKENS = np.random.default_rng(1).integers(0, 97, (2, 13))
+FIELDS = {"hidden_size": 48, "head_dim": 6, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    fields = {**FIELDS, "rope_parameters": LLAMA3_ROPE}
+    return save(make_model("grouped", **fields), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return TorchReference(open_transformers(checkpoint, "float32"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compilations():
+    """What was compiled with a fault must not be used again, nor what was compiled without it."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def load(checkpoint, mesh_shape=(1, 2)) -> sl.LLM:
+    return sl.load(checkpoint, mesh=sl.make_mesh(*mesh_shape), skip_tokenizer=True, progress=False)
+
+
+def with_weights(llm: sl.LLM, change) -> sl.LLM:
+    """A model whose every layer is changed on the host."""
+    put = jax.device_put
+    layers = tuple(
+        jax.tree.map(lambda new, old: put(new, old.sharding), change(jax.tree.map(np.array, layer)), layer)
+        for layer in llm.weights.layers
+    )
+    return sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=layers))
+
+
+def with_config(llm: sl.LLM, **changes) -> sl.LLM:
+    return sl.LLM(llm.config.replace(**changes), llm.mesh, llm.weights)
+
+
+def wrong_eps(llm, monkeypatch):
+    return with_config(llm, norm_eps=1e-6)
+
+
+def transposed_wo(llm, monkeypatch):
+    def change(layer):
+        d, h, k = layer.wo.shape
+        return layer._replace(wo=layer.wo.reshape(d, h * k).T.reshape(d, h, k))
+
+    return with_weights(llm, change)
+
+
+def interleaved_rotary(llm, monkeypatch):
+    def apply(x_HK, cos, sin):
+        x1, x2 = x_HK[..., 0::2], x_HK[..., 1::2]
+        cos, sin = cos[..., None, :], sin[..., None, :]
+        return jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x_HK.shape)
+
+    monkeypatch.setattr(model, "apply_rotary_emb", apply)
+    return llm
+
+
+def no_rope_scaling(llm, monkeypatch):
+    return with_config(llm, rope_scaling=None)
+
+
+def swapped_gate_and_up(llm, monkeypatch):
+    return with_weights(llm, lambda layer: layer._replace(w13=layer.w13[::-1].copy()))
+
+
+def shifted_cache_position(llm, monkeypatch):
+    write = kv_cache._write
+    monkeypatch.setattr(
+        kv_cache,
+        "_write",
+        lambda cache, new, pos, first_row: write(cache, new, None if pos is None else pos + 1, first_row),
+    )
+    return llm
+
+
+def mask_off_by_one(llm, monkeypatch):
+    scores = attention._masked_scores
+    monkeypatch.setattr(attention, "_masked_scores", lambda q, k, q_pos, first_key: scores(q, k, q_pos + 1, first_key))
+    return llm
+
+
+def wrong_kv_head_for_a_query(llm, monkeypatch):
+    """Query head h attends to kv head h % G instead of h // R."""
+    blockwise = model.attend
+
+    def attend(backend, q_BLHK, k_BSGK, v_BSGK, *args, **kwargs):
+        g = k_BSGK.shape[2]
+        by_rest = np.arange(q_BLHK.shape[2]).reshape(-1, g).T.reshape(-1)
+        out = blockwise(backend, q_BLHK[:, :, by_rest], k_BSGK, v_BSGK, *args, **kwargs)
+        return out[:, :, np.argsort(by_rest)]
+
+    monkeypatch.setattr(model, "attend", attend)
+    return llm
+
+
+def wrong_copies_of_kv_heads(llm, monkeypatch):
+    """On 8 shards each of 4 kv heads is there twice: here 0 1 2 3 0 1 2 3 instead of 0 0 1 1 2 2 3 3."""
+
+    def change(layer):
+        wqkv = layer.wqkv.copy()
+        wqkv[:, -2:] = np.tile(layer.wqkv[::2, -2:], (2, 1, 1, 1))
+        return layer._replace(wqkv=wqkv)
+
+    return with_weights(llm, change)
+
+
+def wrong_scale_of_scores(llm, monkeypatch):
+    scores = attention._masked_scores
+    monkeypatch.setattr(attention, "_masked_scores", lambda *args, **kwargs: scores(*args, **kwargs) * 1.01)
+    return llm
+
+
+def untied_output(llm, monkeypatch):
+    """The output matrix taken from the embeddings, as if they were tied."""
+    return sl.LLM(llm.config, llm.mesh, llm.weights._replace(output=None))
+
+
+ATTENTION = {"attn_weights", "attn", "cached_attn"}
+# Fault -> (mesh, the component that must be named, all isolated components that may leave their bounds).
+FAULTS = {
+    wrong_eps: ((1, 2), "attention_norm", {"attention_norm", "ffn_norm", "norm", "layer"}),
+    transposed_wo: ((1, 2), "attn_wo", {"attn_wo", "layer"}),
+    interleaved_rotary: ((1, 2), "q_rotated", {"q_rotated", "k_rotated", "layer"}),
+    no_rope_scaling: ((1, 2), "q_rotated", {"q_rotated", "k_rotated", "layer"}),
+    swapped_gate_and_up: ((1, 2), "gate", {"gate", "up", "layer"}),
+    shifted_cache_position: ((1, 2), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
+    mask_off_by_one: ((1, 2), "attn_weights", {*ATTENTION, "layer"}),
+    wrong_kv_head_for_a_query: ((1, 1), "attn", {"attn", "cached_attn", "layer"}),
+    wrong_copies_of_kv_heads: ((1, 8), "k", {"k", "v", "layer"}),
+    wrong_scale_of_scores: ((1, 2), "attn_weights", {*ATTENTION, "layer"}),
+    untied_output: ((1, 2), "logits", {"logits"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_the_broken_component_is_named(fault, checkpoint, reference, monkeypatch):
+    mesh_shape, component, may_fail = FAULTS[fault]
+    broken = fault(load(checkpoint, mesh_shape), monkeypatch)
+    report = compare(broken, reference, TOKENS, chunk=5, new_tokens=0)
+    assert not report.passed
+    assert (report.first_failure.mode, report.first_failure.component) == (ISOLATED, component)
+    failed = {row.component for row in report.rows if row.mode == ISOLATED and not row.passed}
+    assert failed == may_fail
+    assert any(not row.passed for row in report.logits)
+    if component != "k_cache":  # what only shows through the cache leaves the prompt itself right
+        assert not [row for row in report.rows if row.mode == CUMULATIVE][-1].passed
+
+
+def test_the_position_of_a_single_wrong_weight_is_named(checkpoint, reference):
+    """One row of w1 is off in one layer: that channel of the gate, in that layer, and nothing before it."""
+
+    def change(layer):
+        w13 = layer.w13.copy()
+        w13[0, 17] *= 1.001
+        return layer._replace(w13=w13)
+
+    llm = load(checkpoint)
+    changed = with_weights(llm, change).weights.layers[1]
+    broken = sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=(llm.weights.layers[0], changed)))
+    report = compare(broken, reference, TOKENS, modes=[ISOLATED], new_tokens=0)
+    row = report.first_failure
+    assert (row.stage, row.component, row.axes, row.difference.worst.position[2]) == ("layers.1", "gate", "BLF", 17)
+    worst = row.difference.worst
+    assert worst.ours == pytest.approx(1.001 * worst.theirs, rel=1e-5)
+
+
+def test_without_a_fault_nothing_is_named(checkpoint, reference):
+    report = compare(load(checkpoint, (1, 8)), reference, TOKENS, chunk=5, new_tokens=4)
+    assert report.passed, report.first_failure
+    assert report.first_failure is None
+
+
+def test_values_that_are_not_finite_fail(checkpoint, reference):
+    def change(layer):
+        w2 = layer.w2.copy()
+        w2[3, 5] = np.nan
+        return layer._replace(w2=w2)
+
+    report = compare(with_weights(load(checkpoint), change), reference, TOKENS, new_tokens=0)
+    assert report.first_failure.component == "down"
+    assert report.first_failure.difference.worst.position[2] == 3
+
+
+def test_a_fault_shows_the_growth_with_depth(checkpoint, reference):
+    """The cumulative mode carries the error on; the isolated one shows that later norms are right."""
+    report = compare(
+        with_config(load(checkpoint), rope_scaling=None), reference, TOKENS, modes=[CUMULATIVE], new_tokens=0
+    )
+    errors = [row.difference.relative for row in report.rows if row.component == "ffn_residual"]
+    assert 1e-6 < errors[0] < errors[1]
+    assert dataclasses.replace(report, rows=()).first_failure is not None  # the logits
