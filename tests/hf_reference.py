@@ -2,16 +2,13 @@
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
+
+from sharded_llama.parity.transformers_model import kept_in_float64
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -91,32 +88,6 @@ def logits(model: LlamaForCausalLM, tokens_BL: np.ndarray, dtype: str) -> np.nda
     tokens = torch.from_numpy(np.asarray(tokens_BL)).long()
     with kept_in_float64() if dtype == "float64" else contextlib.nullcontext():
         return in_dtype(model, dtype)(tokens, use_cache=False).logits.to(torch.float64).numpy()
-
-
-@contextlib.contextmanager
-def kept_in_float64() -> Iterator[None]:
-    """transformers casts norm, rotary and softmax to float32 even in a float64 model: here they stay in float64."""
-
-    def norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def rotary(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].double() * self.inv_freq.double()
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-    softmax = functools.partial(nn.functional.softmax)
-
-    def softmax_as_given(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        del dtype
-        return softmax(x, dim=dim)
-
-    with (
-        mock.patch.object(modeling_llama.LlamaRMSNorm, "forward", norm),
-        mock.patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary),
-        mock.patch.object(nn.functional, "softmax", softmax_as_given),
-    ):
-        yield
 
 
 def distance(x: np.ndarray, reference: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from .components import EMBEDDING, HEAD, Reference, Stage, stage_axes
 from .contract import CONTRACT, NO_BOUND, WHOLE_LAYER, judge
 from .decoding import compare_greedy, compare_logits
 from .measure import measure
-from .results import CUMULATIVE, ISOLATED, MODES, Report, Row
+from .results import CUMULATIVE, ISOLATED, MODES, GreedyRow, LogitsRow, Report, Row
 
 # What the isolated mode adds to a layer's components, and the reference's component that each is compared with.
 ADDED = {WHOLE_LAYER: "ffn_residual", "k_cache": "k_rotated", "v_cache": "v", "cached_attn": "attn"}
@@ -30,6 +30,7 @@ def compare(
     chunk: int = DEFAULT_CHUNK,
     new_tokens: int = DEFAULT_NEW_TOKENS,
     expect: str = CONTRACT,
+    components_only: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Report:
     """Compares every component of `llm` with `reference` on the same tokens.
@@ -41,12 +42,13 @@ def compare(
       new_tokens: of the greedy continuation; 0 leaves it out.
       expect: CONTRACT: the bounds of `parity.contract`. EXACT: every value must be equal. NO_BOUND: differences are
         reported, nothing is expected, and the reference may be of another type.
+      components_only: leaves out whole prompts through the cache and the continuation.
       settings: what the report says of itself.
 
     Host memory holds the reference's and our values of one stage at a time, and the logits. Raises ParityError when
     tokens or types do not fit.
     """
-    check_tokens(llm.config, tokens_BL, new_tokens)
+    check_tokens(llm.config, tokens_BL, 0 if components_only else new_tokens)
     if reference.dtype != llm.config.dtype and expect != NO_BOUND:
         raise ParityError(f"the reference is {reference.dtype}, the model {llm.config.dtype}: compare equal types.")
     rows: list[Row] = []
@@ -59,8 +61,11 @@ def compare(
         head = stage
     if head is None or head.name != HEAD:
         raise ParityError("the reference ended before its head.")
-    logits = compare_logits(llm, head, tokens_BL, chunk, expect)
-    greedy = compare_greedy(llm, reference, head, tokens_BL, new_tokens, expect) if new_tokens else ()
+    logits: tuple[LogitsRow, ...] = ()
+    greedy: tuple[GreedyRow, ...] = ()
+    if not components_only:
+        logits = compare_logits(llm, head, tokens_BL, chunk, expect)
+        greedy = compare_greedy(llm, reference, head, tokens_BL, new_tokens, expect) if new_tokens else ()
     return Report(settings or {}, tuple(rows), logits, greedy)
 
 

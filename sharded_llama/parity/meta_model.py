@@ -52,8 +52,8 @@ def open_meta_model(
     n_kv_heads = params.count("n_kv_heads", n_heads)
     if dim % n_heads or dim // n_heads % 2 or n_heads % n_kv_heads:
         raise ParityError(
-            f"{params.file}: dim={dim}, n_heads={n_heads} and n_kv_heads={n_kv_heads} do not go together: all heads must "
-            "have the same even width, and all kv heads the same number of heads."
+            f"{params.file}: dim={dim}, n_heads={n_heads} and n_kv_heads={n_kv_heads} do not go together; expected "
+            "heads of one even width, and as many of them for each kv head."
         )
     ranks = tuple(_load(file) for file in files)
     _check(files, ranks, dim, n_layers, n_kv_heads * (dim // n_heads))
@@ -242,7 +242,7 @@ def _load(file: Path) -> Rank:
 
 
 def _is_plain(x: object) -> bool:
-    """Whether it is a tensor that has a place in the file for each of its values, so that its shape is no mere claim."""
+    """Whether it is a tensor with a place in the file for each of its values: its shape is no mere claim."""
     return isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu" and x.is_contiguous()
 
 

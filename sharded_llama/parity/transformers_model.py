@@ -24,6 +24,7 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
 from ..errors import ParityError
+from ..json_file import read_json_object
 from .torch_reference import Tap, torch_device, torch_dtype, torch_version
 
 
@@ -37,8 +38,9 @@ def open_transformers(folder: str | os.PathLike[str], dtype: str, device: str = 
 
     Raises ParityError for a folder that transformers cannot load, or that lacks some of the model's tensors.
     """
-    if not Path(folder).is_dir():  # transformers would take it for a name on the hub
-        raise ParityError(f"{folder} is not a folder.")
+    config = read_json_object(Path(folder) / "config.json", ParityError)  # transformers would do without the file
+    if config.get("model_type", "llama") != "llama":  # and would make a Llama of it
+        raise ParityError(f"{folder}: config.json has model_type={config['model_type']!r}; only 'llama' is supported.")
     to, place = torch_dtype(dtype), torch_device(device)
     try:
         with _quiet_unless_terminal():

@@ -1,0 +1,68 @@
+"""The engine against PyTorch, component by component: demo model and families, in every type, on every kind of mesh.
+
+The families are random models, reduced in depth, width and vocabulary; families that reduce to the same model share it.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from reduced_models import distinct_families, save_reduced
+
+import sharded_llama as sl
+from sharded_llama.engine.llm import DEMO_CHECKPOINT
+from sharded_llama.parity.compare import compare
+from sharded_llama.parity.results import CUMULATIVE, ISOLATED
+from sharded_llama.parity.torch_reference import TorchReference
+from sharded_llama.parity.transformers_model import open_transformers
+
+MESHES = [(1, 1), (1, 2), (2, 4), (1, 8)]
+DTYPES = ["float64", "float32", "bfloat16"]
+MODELS = ["demo", *distinct_families()]
+TOKENS = np.random.default_rng(1).integers(0, 131, (3, 13))  # 3 rows do not divide over data:2
+
+# Components that PyTorch and XLA compute with the same bits on one CPU device, fed the same inputs: copies and single
+# additions. docs/parity.md says why the others are not.
+ALWAYS_EQUAL = {"embedding", "attn_residual", "ffn_residual", "k_cache", "v_cache"}
+
+
+def is_whole(name: str, mesh_shape: tuple[int, int]) -> bool:
+    """Whether whole prompts and continuations are compared too: they compile the whole model five times over.
+
+    tests/test_parity.py has whole prompts on every mesh.
+    """
+    return name == "demo" or mesh_shape == (1, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    @functools.cache
+    def folder(name, dtype):
+        return DEMO_CHECKPOINT if name == "demo" else save_reduced(name, tmp_path_factory.mktemp(name), dtype)
+
+    return folder
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_component_is_within_the_contract(checkpoints, name, dtype, mesh_shape):
+    folder = checkpoints(name, "bfloat16" if dtype == "bfloat16" else "float32")
+    with jax.enable_x64(dtype == "float64"):
+        llm = sl.load(folder, mesh=sl.make_mesh(*mesh_shape), dtype=dtype, skip_tokenizer=True, progress=False)
+        reference = TorchReference(open_transformers(folder, dtype))
+        report = compare(llm, reference, TOKENS, chunk=5, new_tokens=6, components_only=not is_whole(name, mesh_shape))
+    assert report.passed, report.first_failure
+    n_components = 1 + 16 * llm.config.n_layers + 2
+    isolated = [row for row in report.rows if row.mode == ISOLATED]
+    assert len([row for row in report.rows if row.mode == CUMULATIVE]) == n_components
+    assert len(isolated) == n_components + 4 * llm.config.n_layers
+    # Whatever the mesh and the type: all but sums over the mesh's shards have a bound that is judged.
+    assert all(row.bound is not None for row in isolated if row.component != "layer")
+    if dtype == "float64":
+        assert all(row.difference.relative <= 1e-10 for row in report.rows)
+    assert {row.component for row in isolated if row.difference.bit_equal < 1}.isdisjoint(ALWAYS_EQUAL)
+    ways = ["one piece", "chunks of 5", "token by token"] if is_whole(name, mesh_shape) else []
+    assert [row.way for row in report.logits] == ways
+    assert len(report.greedy) == (3 if ways else 0)
