@@ -23,6 +23,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 # Which axis the ranks split, by what a tensor belongs to; nothing splits a norm.
 SPLIT_AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, OLD_CONTEXT = 1, 4, 8192  # constants in Meta's code
+LLAMA2_THETA, LLAMA3_THETA, LLAMA3_VOCAB = 10_000.0, 500_000.0, 128_256  # where params.json has no rope_theta
 
 Rank = Mapping[str, torch.Tensor]
 
@@ -57,8 +58,11 @@ def open_meta_model(
         )
     ranks = tuple(_load(file) for file in files)
     _check(files, ranks, dim, n_layers, n_kv_heads * (dim // n_heads))
-    inv_freq = inverse_frequencies(dim // n_heads, params.positive("rope_theta", 10_000.0))
-    if params.flag("use_scaled_rope"):
+    scaled = params.flag("use_scaled_rope")
+    is_llama3 = scaled or _joined_shape(ranks, "tok_embeddings.weight", dim)[0] == LLAMA3_VOCAB
+    theta = params.positive("rope_theta", LLAMA3_THETA if is_llama3 else LLAMA2_THETA)
+    inv_freq = inverse_frequencies(dim // n_heads, theta)
+    if scaled:
         inv_freq = scale_frequencies(inv_freq, rope_factor)
     return MetaModel(
         ranks=ranks,

@@ -20,6 +20,10 @@ from sharded_llama.engine.steps import Steps
 from sharded_llama.kv_cache import KVCache
 from sharded_llama.mesh import make_mesh
 from sharded_llama.model import xfmr
+from sharded_llama.parity.compare import compare
+from sharded_llama.parity.results import ISOLATED
+from sharded_llama.parity.torch_reference import TorchReference
+from sharded_llama.parity.transformers_model import open_transformers
 
 BATCH, LENGTH = 6, 37
 WIDE = {"hidden_size": 256, "intermediate_size": 700, "vocab_size": 1031, "max_position_embeddings": 256}
@@ -76,8 +80,26 @@ def check_contract(name, dtype, folder, mesh):
             assert distance(ours, exact) < 1.25 * distance(theirs, exact), cached
 
 
+def check_components(name, dtype, folder, mesh):
+    """Every component, the logits and the greedy text of a whole comparison."""
+    save(reference(name), folder, "float32" if dtype == "float64" else dtype)
+    with jax.enable_x64(dtype == "float64"):
+        llm = sharded_llama.load(folder, mesh=mesh, dtype=dtype, skip_tokenizer=True, progress=False)
+        report = compare(llm, TorchReference(open_transformers(folder, dtype)), tokens(), chunk=16)
+    assert report.passed, report.first_failure
+    return {row.component for row in report.rows if row.mode == ISOLATED and row.difference.bit_equal < 1}
+
+
 @pytest.mark.gpu
 class TestOneGpu:
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [*itertools.product(SHAPES, ["float32", "bfloat16"]), ("heads_of_64", "float16"), ("heads_of_16", "float64")],
+    )
+    def test_every_component(self, name, dtype, tmp_path):
+        different = check_components(name, dtype, tmp_path, make_mesh())
+        assert different.isdisjoint({"embedding", "attn_residual", "ffn_residual", "k_cache", "v_cache"})
+
     @pytest.mark.parametrize(
         ("name", "dtype"), [*itertools.product(SHAPES, ["float32", "bfloat16"]), ("heads_of_64", "float16")]
     )
@@ -180,6 +202,11 @@ class TestTwoGpus:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_logits(self, dtype, mesh_shape, tmp_path):
         check_contract("heads_of_64", dtype, tmp_path, make_mesh(*mesh_shape))
+
+    @pytest.mark.parametrize("mesh_shape", [(1, 2), (2, 1)], ids=str)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_every_component(self, dtype, mesh_shape, tmp_path):
+        check_components("heads_of_64", dtype, tmp_path, make_mesh(*mesh_shape))
 
     def test_greedy_text_equals_one_gpu_in_float32(self, tmp_path):
         folder = save(reference("heads_of_64"), tmp_path)
