@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..errors import ParityError
+from ..sharding import MODEL
 from .capture import Arrays, Capture
 from .components import EMBEDDING, HEAD, Reference, Stage, stage_axes
 from .contract import CONTRACT, NO_BOUND, WHOLE_LAYER, judge
@@ -88,9 +89,8 @@ class _Run:
 
     def __init__(self, llm: LLM, chunk: int, expect: str):
         self.capture = Capture(llm)
-        self.dtype = llm.config.dtype
+        self.rules = {"dtype": llm.config.dtype, "shards": llm.mesh.shape[MODEL], "expect": expect}
         self.chunk = chunk
-        self.expect = expect
         self.layer = 0
         self.theirs: np.ndarray | None = None  # (B, L, D)
         self.own: np.ndarray | None = None
@@ -136,5 +136,5 @@ class _Run:
         copies = ours.shape[2] // theirs.shape[2] if "G" in axes else 1  # every repeated kv head is compared
         if copies > 1:
             theirs, exact = (None if x is None else np.repeat(x, copies, axis=2) for x in (theirs, exact))
-        judged, bound = judge(mode, name, self.dtype, self.expect, ours, theirs, exact, noise)
+        judged, bound = judge(mode, name, ours, theirs, exact=exact, noise=noise, **self.rules)
         return Row(mode, stage.name, name, axes, measure(ours, theirs, copies), noise, judged, bound)

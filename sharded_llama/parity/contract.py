@@ -22,6 +22,7 @@ RTOL, ATOL = 1e-3, 1e-2  # float32 logits, everywhere
 
 WHOLE_LAYER = "layer"
 COPIES = ("k_cache", "v_cache")  # what the cache holds is what was written
+SHARDED_SUMS = ("attn_wo", "down")  # each shard of `model` rounds its part before the parts are added
 
 
 def distance(x: np.ndarray, reference: np.ndarray) -> float:
@@ -42,22 +43,25 @@ def unit_roundoff(dtype: str) -> float:
 def judge(
     mode: str,
     component: str,
-    dtype: str,
-    expect: str,
     ours: np.ndarray,
     theirs: np.ndarray,
+    *,
     exact: np.ndarray | None,
     noise: float | None,
+    dtype: str,
+    shards: int,
+    expect: str,
 ) -> tuple[float, float | None]:
     """(judged distance, bound) of a component.
 
     Args:
       mode: ISOLATED or CUMULATIVE.
-      dtype: of the model and, under CONTRACT, of the reference.
-      expect: EXACT, CONTRACT or NO_BOUND.
       exact: in half precision, the component in float32 of the same inputs; for cumulative logits, those of a whole
         run in float32. None where the reference has none.
       noise: the reference's own distance from a run in higher precision, or None.
+      dtype: of the model and, under CONTRACT, of the reference.
+      shards: of the mesh's `model` axis.
+      expect: EXACT, CONTRACT or NO_BOUND.
     """
     apart = distance(ours, theirs)
     if expect != CONTRACT:
@@ -71,10 +75,11 @@ def judge(
             return apart, FLOAT32_LAYER if component == WHOLE_LAYER else FLOAT32_LEAF
         return apart, max(FLOAT32_LOGITS, NOISE * (noise or 0.0))
     if mode == ISOLATED and component != WHOLE_LAYER:
+        # One unit for a component that is rounded once. The roundings of the parts of a sum add up like noise.
+        rounding = unit_roundoff(dtype) * (shards**0.5 if component in SHARDED_SUMS else 1)
         if exact is None:
-            return apart, 2 * unit_roundoff(dtype)  # each side within one rounding of what is exact
-        # Where both round once, some split sums of a mesh round twice: one unit is always allowed.
-        return distance(ours, exact), max(HALF * distance(theirs, exact), unit_roundoff(dtype))
+            return apart, 2 * rounding  # ours and theirs
+        return distance(ours, exact), max(HALF * distance(theirs, exact), rounding)
     if component == "logits" and exact is not None:
         return distance(ours, exact), HALF * distance(theirs, exact)
     return apart, None

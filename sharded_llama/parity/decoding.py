@@ -11,7 +11,7 @@ from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..kv_cache import KVCache
 from ..model import xfmr
-from ..sharding import DATA
+from ..sharding import DATA, MODEL
 from ..weights import XfmrWeights
 from .components import Reference, Stage
 from .contract import ATOL, CONTRACT, EXACT, FLOAT32_LOGITS, FLOAT64, HALF, NO_BOUND, RTOL, judge
@@ -27,11 +27,21 @@ def compare_logits(
     `head` is the reference's last stage. `chunk` is in tokens.
     """
     length, dtype = tokens_BL.shape[1], llm.config.dtype
-    theirs, noise = head.values["logits"], head.noise.get("logits")
+    theirs = head.values["logits"]
     rows = []
     for way, size in (("one piece", None), (f"chunks of {chunk}", min(chunk, length)), ("token by token", 1)):
         ours = logits_through_cache(llm, tokens_BL, size)
-        judged, bound = judge(CUMULATIVE, "logits", dtype, expect, ours, theirs, head.exact_logits, noise)
+        judged, bound = judge(
+            CUMULATIVE,
+            "logits",
+            ours,
+            theirs,
+            exact=head.exact_logits,
+            noise=head.noise.get("logits"),
+            dtype=dtype,
+            shards=llm.mesh.shape[MODEL],
+            expect=expect,
+        )
         close = dtype != "float32" or expect != CONTRACT or np.allclose(ours, theirs, rtol=RTOL, atol=ATOL)
         kl = kl_divergence(ours, theirs)
         top1, top5 = (top_k_agreement(ours, theirs, k) for k in (1, 5))
