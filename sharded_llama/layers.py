@@ -13,7 +13,8 @@ import numpy as np
 
 from .config import LlamaConfig, RopeScaling
 
-LONGEST_SUM = 1024  # terms that a float32 product adds up one after the other on NVIDIA GPUs
+LONGEST_SUM = 512  # terms that a float32 product adds up one after the other on NVIDIA GPUs
+PARTS_BYTES = 1 << 28  # of the parts of a sum that are held at once
 
 # Sees a component of the model by name while the function is traced, and returns what the computation goes on with.
 Probe = Callable[[str, jax.Array], jax.Array]
@@ -57,18 +58,26 @@ def _sum_in_parts(einsum: Callable, subscripts: str, summed: str, parts: int, x:
     """The einsum of two arrays, its sum over axis `summed` taken in at least `parts` equal parts, if it divides.
 
     cuBLAS adds the products of a float32 sum one after the other: over 4096 of them it is 1.2e-6 from float64, in
-    parts of 1024 about half of that.
+    parts of 512 a third of that.
     """
     (a, b), output = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
     size = y.shape[b.index(summed)]
     parts = next((n for n in range(parts, 2 * parts + 1) if size % n == 0), 1)
+    axis_x, axis_y = x.ndim + a.index(summed) - len(a), b.index(summed)
     x, y = (
-        z.reshape(*z.shape[:axis], parts, size // parts, *z.shape[axis:][1:])
-        for z, axis in ((x, x.ndim + a.index(summed) - len(a)), (y, b.index(summed)))
+        z.reshape(*z.shape[:axis], parts, size // parts, *z.shape[axis + 1 :]) for z, axis in ((x, axis_x), (y, axis_y))
     )
     a, b = (letters.replace(summed, f"z{summed}") for letters in (a, b))
-    # Without the barrier the compiler could make one sum of it again.
-    return jnp.sum(jax.lax.optimization_barrier(einsum(f"{a},{b}->z{output}", x, y)), axis=0)
+    together = functools.partial(einsum, f"{a},{b}->z{output}")
+    held = jax.eval_shape(together, x, y)
+    if held.size * held.dtype.itemsize <= PARTS_BYTES:
+        # One product that reads y where it is. Without the barrier the compiler could make one sum of it again.
+        return jnp.sum(jax.lax.optimization_barrier(together(x, y)), axis=0)
+    # So many rows that copying a part of y takes no time beside the product.
+    of_part = [
+        (jax.lax.index_in_dim(x, i, axis_x, False), jax.lax.index_in_dim(y, i, axis_y, False)) for i in range(parts)
+    ]
+    return functools.reduce(jnp.add, (einsum(subscripts, *part) for part in of_part))
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:

@@ -126,8 +126,12 @@ def test_long_float32_sums_are_taken_in_parts_on_nvidia_gpus(subscripts, monkeyp
     x, y = (normal(i, *(sizes[a] for a in axes.replace("...", "bl"))) for i, axes in enumerate(inputs.split(",")))
     summed, n_terms = layers._summed(subscripts, jnp.asarray(y))
     assert n_terms == 24 or subscripts.startswith("...d")
-    parts = layers._sum_in_parts(jnp.einsum, subscripts, summed, 3, jnp.asarray(x), jnp.asarray(y))
-    np.testing.assert_allclose(parts, np.einsum(subscripts, x, y), rtol=1e-5, atol=1e-5)
+    for held in (layers.PARTS_BYTES, 0):  # all parts at once, and one after the other
+        monkeypatch.setattr(layers, "PARTS_BYTES", held)
+        out = layers._sum_in_parts(jnp.einsum, subscripts, summed, 3, jnp.asarray(x), jnp.asarray(y))
+        np.testing.assert_allclose(out, np.einsum(subscripts, x, y), rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(layers, "LONGEST_SUM", 10)
 
     def program(platform, dtype=np.float32):
         traced = jax.jit(functools.partial(layers.dot, subscripts)).trace(x.astype(dtype), y.astype(dtype))

@@ -127,12 +127,12 @@ class TestOneGpu:
             assert distance(ours.astype(jnp.float32), exact) < 1.5 * distance(plain.astype(jnp.float32), exact)
 
     @pytest.mark.parametrize("terms", [4096, 11008, 14336])
-    @pytest.mark.parametrize("rows", [1, 48])
+    @pytest.mark.parametrize("rows", [1, 48, 4096])
     def test_float32_sums_of_real_widths_are_within_the_leaf_bound(self, rows, terms):
         rng = np.random.default_rng(0)
         x, w = (rng.standard_normal((n, terms), np.float32) for n in (rows, 4096))
         ours = jax.jit(functools.partial(dot, "...f,df->...d"))(x, w)
-        assert distance(ours, x.astype(np.float64) @ w.astype(np.float64).T) < 0.7e-6
+        assert distance(ours, x.astype(np.float64) @ w.astype(np.float64).T) < 0.5e-6
 
     def test_greedy_text_in_float32_is_that_of_transformers(self, tmp_path):
         model = reference("heads_of_64")
