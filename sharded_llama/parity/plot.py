@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ParityError
 from .components import EMBEDDING, HEAD, layer_stage
-from .reference_file import naming, replacing
+from .output_file import naming, replacing
 from .results import CUMULATIVE, ISOLATED, MODES, Report, Row
 
 if TYPE_CHECKING:

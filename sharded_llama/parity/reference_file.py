@@ -20,22 +20,19 @@ import json
 import math
 import os
 import reprlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..checkpoint.files import FileTensor, read_slices
-from ..checkpoint.hf.safetensors import SafetensorsWriter, read_header_and_metadata
+from ..checkpoint.hf.safetensors import read_header_and_metadata
 from ..checkpoint.source import TensorInfo, shorten
 from ..config import LlamaConfig
 from ..errors import CheckpointError, ConfigError, ParityError
-from .components import EMBEDDING, HEAD, Greedy, Reference, Stage, layer_stage, stage_axes
+from .components import EMBEDDING, HEAD, Greedy, Stage, layer_stage, stage_axes
 
 FORMAT, VERSION = "sharded_llama parity reference", "1"
 FIELDS = ("format", "version", "package_version", "made_by", "fingerprint", "config", "settings")
@@ -71,7 +68,7 @@ class ReferenceFile:
     def stages(self, tokens_BL: np.ndarray) -> Iterator[Stage]:
         """See `Reference.stages`. Raises ParityError for other tokens than the file's, or when it cannot be read."""
         self._check_tokens(tokens_BL)
-        return map(self._stage, _stage_names(self.config))
+        return map(self._stage, stage_names(self.config))
 
     def greedy(self, tokens_BL: np.ndarray, new_tokens: int) -> Greedy:
         """The first `new_tokens` saved steps. Raises ParityError for other tokens, or more steps than there are."""
@@ -107,52 +104,6 @@ class ReferenceFile:
             )
 
 
-def save_reference(
-    file: str | os.PathLike[str],
-    reference: Reference,
-    tokens_BL: np.ndarray,
-    *,
-    config: LlamaConfig,
-    fingerprint: str,
-    new_tokens: int,
-    settings: Mapping[str, str] = MappingProxyType({}),
-) -> int:
-    """Runs a reference and writes what it computes; returns the bytes of the file.
-
-    Holds the values of one stage at a time (at the beginning, the embedding and the first layer). `config` and
-    `fingerprint` say which model it is, for `check_model`. The file is complete or, also after an interrupt, not there;
-    one that is there already is replaced at the end. Raises ParityError when it cannot be written, or when the
-    reference gives other tensors than its model and type ask for.
-    """
-    file, config, tokens = Path(file), config.replace(dtype=reference.dtype), _checked_tokens(tokens_BL, config)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "package_version": __version__,
-        "made_by": reference.made_by,
-        "fingerprint": fingerprint,
-        "config": json.dumps(dataclasses.asdict(config)),
-        "settings": json.dumps(dict(settings)),
-    }
-    _parse_metadata(file, metadata)  # what could not be read again is refused before anything is computed
-    with replacing(file) as temporary:
-        stages = reference.stages(tokens)
-        first = [next(stages, None), next(stages, None)]  # the layer shows whether there are attention weights
-        has_weights = first[1] is not None and OPTIONAL in first[1].values
-        tensors = dict(_all_tensors(config, tokens.shape, new_tokens, has_weights))
-        _check_space(file, sum(info.nbytes for info in tensors.values()))
-        with _writing(file, temporary, tensors, metadata) as write:
-            write(TOKENS, tokens.astype(FLOAT64))
-            for name in _stage_names(config):
-                expected = dict(_stage_tensors(name, config, tokens.shape, has_weights))
-                # Nothing here refers to a stage when the next one is computed.
-                _write_stage(write, first.pop(0) if first else next(stages, None), name, expected)
-            if next(stages, None) is not None:
-                raise ParityError(f"the reference goes on after {HEAD}.")
-            _write_greedy(write, reference, tokens, new_tokens, config)
-        return temporary.stat().st_size
-
-
 def open_reference(file: str | os.PathLike[str]) -> ReferenceFile:
     """Opens a file of `save_reference`, and checks everything but the values of its stages.
 
@@ -162,18 +113,18 @@ def open_reference(file: str | os.PathLike[str]) -> ReferenceFile:
     file = Path(file)
     with _as_parity_error():
         tensors, metadata = read_header_and_metadata(file)
-    made_by, config, fingerprint, settings = _parse_metadata(file, metadata)
+    made_by, config, fingerprint, settings = parse_metadata(file, metadata)
     shape, (_, new_tokens) = (_matrix_shape(file, tensors, name) for name in (TOKENS, GREEDY_TOKENS))
     if 0 in shape:
         raise ParityError(f"{file}: tensor {TOKENS} is empty: it has shape {shape}.")
     unknown = tensors.keys() - {TOKENS}
-    for name, info in _all_tensors(config, shape, new_tokens, f"{layer_stage(0)}/{OPTIONAL}" in tensors):
+    for name, info in all_tensors(config, shape, new_tokens, f"{layer_stage(0)}/{OPTIONAL}" in tensors):
         if name not in tensors:  # the first one ends it: a description may claim any number of layers
             raise ParityError(f"{file}: lacks tensor {name}.")
-        if not _is_alike(tensors[name], info):
+        if not is_alike(tensors[name], info):
             raise ParityError(
-                f"{file}: tensor {name} is {_describe(tensors[name])}, but of its model, type and tokens it has to be "
-                f"{_describe(info)}."
+                f"{file}: tensor {name} is {describe(tensors[name])}, but of its model, type and tokens it has to be "
+                f"{describe(info)}."
             )
         unknown.discard(name)
     if unknown:
@@ -207,37 +158,6 @@ def check_model(file: ReferenceFile, config: LlamaConfig, fingerprint: str) -> N
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Gives another name in the same folder, and renames what was written there to `file` when the block ends.
-
-    An error or interrupt leaves nothing new, and what was there as it was. Raises ParityError when nothing can be
-    written there.
-    """
-    if file.is_dir():
-        raise ParityError(f"{file}: is a folder; name a file.")
-    temporary = file.parent / f"{file.name}.{os.getpid()}.tmp"
-    try:
-        with naming(file):
-            temporary.touch()  # so that it shows before anything is computed
-        yield temporary
-        with naming(file):
-            os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Turns an OSError into a ParityError that names the file to be written."""
-    try:
-        yield
-    except OSError as e:
-        raise ParityError(f"{file}: cannot be written: {e.strerror or e}.") from e
-
-
-@contextlib.contextmanager
 def _as_parity_error() -> Iterator[None]:
     try:
         yield
@@ -248,24 +168,24 @@ def _as_parity_error() -> Iterator[None]:
 # What a reference consists of
 
 
-def _stage_names(config: LlamaConfig) -> Iterator[str]:
+def stage_names(config: LlamaConfig) -> Iterator[str]:
     yield EMBEDDING
     yield from map(layer_stage, range(config.n_layers))
     yield HEAD
 
 
-def _all_tensors(
+def all_tensors(
     config: LlamaConfig, tokens_shape: tuple[int, int], new_tokens: int, has_weights: bool
 ) -> Iterator[tuple[str, TensorInfo]]:
     """Every tensor by name, in the order of the file."""
     yield TOKENS, TensorInfo(tokens_shape, FLOAT64)
-    for stage in _stage_names(config):
-        yield from _stage_tensors(stage, config, tokens_shape, has_weights)
+    for stage in stage_names(config):
+        yield from stage_tensors(stage, config, tokens_shape, has_weights)
     for name in (GREEDY_TOKENS, MARGINS):
         yield name, TensorInfo((tokens_shape[0], new_tokens), FLOAT64)
 
 
-def _stage_tensors(
+def stage_tensors(
     stage: str, config: LlamaConfig, tokens_shape: tuple[int, int], has_weights: bool
 ) -> Iterator[tuple[str, TensorInfo]]:
     """The tensors of one stage by name, in the order of the file."""
@@ -287,103 +207,18 @@ def _stage_tensors(
         yield EXACT_LOGITS, TensorInfo(shapes["logits"], HIGHER[config.dtype])
 
 
-def _is_alike(a: TensorInfo | np.ndarray, b: TensorInfo) -> bool:
+def is_alike(a: TensorInfo | np.ndarray, b: TensorInfo) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def _describe(x: TensorInfo | np.ndarray) -> str:
+def describe(x: TensorInfo | np.ndarray) -> str:
     return f"{x.dtype} {x.shape}"
-
-
-# Writing
-
-Write = Callable[[str, np.ndarray], None]
-
-
-@contextlib.contextmanager
-def _writing(
-    file: Path, temporary: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> Iterator[Write]:
-    """A function that appends tensor after tensor. The bytes are on the disk when the block ends."""
-    with naming(file):
-        writer = SafetensorsWriter(temporary, tensors, metadata)
-
-    def write(name: str, array: np.ndarray) -> None:
-        with naming(file):
-            writer.write(name, array)
-
-    try:
-        yield write
-    except BaseException:
-        with contextlib.suppress(OSError):  # of bytes that were still to be written
-            writer.close(complete=False)
-        raise
-    with naming(file):
-        writer.close()
-
-
-def _write_stage(write: Write, stage: Stage | None, name: str, expected: Mapping[str, TensorInfo]) -> None:
-    if stage is None or stage.name != name:
-        given = "ends" if stage is None else f"gives {stage.name}"
-        raise ParityError(f"the reference {given} where {name} should come.")
-    arrays = {f"{name}/{component}": x for component, x in stage.values.items()}
-    arrays |= {f"exact/{name}/{component}": x for component, x in stage.exact.items()}
-    if stage.noise:
-        noise = [stage.noise.get(component, math.nan) for component in stage_axes(name)]
-        arrays[f"noise/{name}"] = np.array(noise, FLOAT64)
-    if stage.exact_logits is not None:
-        arrays[EXACT_LOGITS] = stage.exact_logits
-    missing, unknown = [x for x in expected if x not in arrays], [x for x in arrays if x not in expected]
-    if missing:
-        raise ParityError(f"the reference does not give {shorten(missing)}.")
-    if unknown:
-        raise ParityError(f"the reference gives {shorten(unknown)}, which do not belong to its type or model.")
-    for tensor, info in expected.items():
-        _write_checked(write, tensor, arrays[tensor], info)
-
-
-def _write_greedy(
-    write: Write, reference: Reference, tokens_BL: np.ndarray, new_tokens: int, config: LlamaConfig
-) -> None:
-    info = TensorInfo((len(tokens_BL), new_tokens), FLOAT64)
-    tokens, margins = np.empty(info.shape, np.int32), np.empty(info.shape)
-    if new_tokens:
-        tokens, margins = reference.greedy(tokens_BL, new_tokens)
-        tokens = _checked_tokens(tokens, config)
-    _write_checked(write, GREEDY_TOKENS, tokens.astype(FLOAT64), info)
-    _write_checked(write, MARGINS, margins, info)
-
-
-def _write_checked(write: Write, name: str, array: np.ndarray, info: TensorInfo) -> None:
-    if not _is_alike(array, info):
-        raise ParityError(
-            f"the reference gives {name} as {_describe(array)}, but its model asks for {_describe(info)}."
-        )
-    write(name, array)
-
-
-def _checked_tokens(tokens: np.ndarray, config: LlamaConfig) -> np.ndarray:
-    """The tokens as int32."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-        raise ParityError(f"tokens must be whole numbers of shape (rows, length), not {_describe(tokens)}.")
-    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if wrong.size:
-        raise ParityError(f"token {wrong[0]} is no token id in 0..{config.vocab_size - 1}.")
-    return tokens.astype(np.int32)
-
-
-def _check_space(file: Path, needed: int) -> None:
-    """Raises ParityError before a disk is filled in vain."""
-    free = shutil.disk_usage(file.parent).free
-    if free < needed:
-        raise ParityError(f"{file}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there.")
 
 
 # Reading
 
 
-def _parse_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[str, LlamaConfig, str, dict[str, str]]:
+def parse_metadata(file: Path, metadata: Mapping[str, str]) -> tuple[str, LlamaConfig, str, dict[str, str]]:
     """made_by, config, fingerprint and settings of the file."""
     if metadata.get("format") != FORMAT:
         raise ParityError(f"{file}: is not a parity reference: its metadata does not have format = {FORMAT!r}.")

@@ -13,7 +13,7 @@ import numpy as np
 from ..json_file import write_json
 from .components import AXIS_NAMES, HEAD_AXES
 from .contract import ATOL, RTOL
-from .reference_file import naming, replacing
+from .output_file import naming, replacing
 from .results import CUMULATIVE, ISOLATED, MODES, Difference, GreedyRow, LogitsRow, Report, Row
 
 WIDTH = 120

@@ -24,9 +24,10 @@ from safetensors import safe_open
 from sharded_llama import __version__
 from sharded_llama.config import DTYPES, LlamaConfig, RopeScaling
 from sharded_llama.errors import ParityError
-from sharded_llama.parity import reference_file
+from sharded_llama.parity import reference_writer
 from sharded_llama.parity.components import EMBEDDING, HEAD, Greedy, Stage, layer_stage, stage_axes
-from sharded_llama.parity.reference_file import ReferenceFile, check_model, open_reference, save_reference
+from sharded_llama.parity.reference_file import ReferenceFile, check_model, open_reference
+from sharded_llama.parity.reference_writer import save_reference
 
 CONFIG = LlamaConfig(
     dim=6,
@@ -497,7 +498,7 @@ def test_places_that_cannot_be_written(tmp_path: Path):
 
 def test_a_full_disk_shows_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(reference_file.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(reference_writer.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ParityError, match=r"r: needs 0\.00 GB, but 0\.00 GB are free there"):
         save(tmp_path / "r")
     assert not list(tmp_path.iterdir())
