@@ -17,8 +17,11 @@ PROMPT_FILE = flags.DEFINE_string(
 
 
 def given_prompts() -> list[str]:
-    """The prompts of --prompt and --prompt_file. Raises RequestError when the file cannot be read."""
-    return list(PROMPT.value) + (_read_prompt_file(PROMPT_FILE.value) if PROMPT_FILE.value else [])
+    """The prompts of --prompt and --prompt_file. Raises RequestError when the file cannot be read or holds none.
+
+    Standard input can be read once only, and so can the prompts.
+    """
+    return list(PROMPT.value) + ([] if PROMPT_FILE.value is None else _read_prompt_file(PROMPT_FILE.value))
 
 
 def _read_prompt_file(name: str) -> list[str]:
@@ -33,10 +36,12 @@ def _read_prompt_file(name: str) -> list[str]:
         if line.strip():
             try:
                 prompts.append(json.loads(line)["prompt"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 prompts.append(None)
             if not isinstance(prompts[-1], str):
                 raise RequestError(
                     f'--prompt_file={name}, line {number}: expected an object like {{"prompt": "text"}}.'
                 )
+    if not prompts:
+        raise RequestError(f"--prompt_file={name}: has no prompts.")
     return prompts

@@ -195,12 +195,7 @@ class LLM:
     def _encode_text(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("the model was loaded without a tokenizer; give the prompt as token ids.")
-        if text:
-            return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos)
-        bos_id = self.config.bos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-        if bos_id is None:
-            raise RequestError("the prompt is empty and the model has no BOS token to start from; give a prompt.")
-        return [bos_id]
+        return encode_text(self.tokenizer, self.config, text)
 
     def forward(self, tokens_BL: Any) -> jax.Array:
         """Logits (B, L, V) of a rectangular array of token ids, float32 (float64 for a float64 model).
@@ -273,12 +268,7 @@ def load(
     check_mesh(config, mesh)
     _check_dtype(config)
     choose_backend(config, mesh.devices.flat[0], attention)  # a mistake shows before the weights are read
-    tokenizer = None if skip_tokenizer else load_tokenizer(folder)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
-            f"{config.vocab_size}: they do not belong together."
-        )
+    tokenizer = None if skip_tokenizer else open_tokenizer(folder, config)
     defaults = read_generation_config(folder)
     if not defaults.pop("do_sample"):
         defaults = {"temperature": 0.0}
@@ -289,6 +279,27 @@ def load(
     llm = LLM(config, mesh, weights, tokenizer, sampling_defaults=defaults, attention=attention)
     logging.info("mesh data:%d,model:%d, %s, attention: %s", *mesh.shape.values(), config.dtype, llm.steps.backend)
     return llm
+
+
+def open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. Raises TokenizerError when there is none, or it is of another model."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
+            f"{config.vocab_size}: they do not belong together."
+        )
+    return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, config: LlamaConfig, text: str) -> list[int]:
+    """Token ids of a text: BOS as the tokenizer adds it; of an empty one BOS alone. Raises RequestError without BOS."""
+    if text:
+        return tokenizer.encode(text, bos=tokenizer.adds_bos)
+    bos_id = config.bos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if bos_id is None:
+        raise RequestError("the prompt is empty and the model has no BOS token to start from; give a prompt.")
+    return [bos_id]
 
 
 def _check_dtype(config: LlamaConfig) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..errors import ParityError
 from ..sharding import MODEL
@@ -16,6 +15,7 @@ from .contract import CONTRACT, NO_BOUND, WHOLE_LAYER, judge
 from .decoding import compare_greedy, compare_logits
 from .measure import measure
 from .results import CUMULATIVE, ISOLATED, MODES, GreedyRow, LogitsRow, Report, Row
+from .tokens import check_tokens
 
 # What the isolated mode adds to a layer's components, and the reference's component that each is compared with.
 ADDED = {WHOLE_LAYER: "ffn_residual", "k_cache": "k_rotated", "v_cache": "v", "cached_attn": "attn"}
@@ -41,8 +41,7 @@ def compare(
       modes: ISOLATED: each component is fed the reference's own inputs. CUMULATIVE: the engine's own.
       chunk: tokens of a chunk where the prompt goes through the cache in chunks.
       new_tokens: of the greedy continuation; 0 leaves it out.
-      expect: CONTRACT: the bounds of `parity.contract`. EXACT: every value must be equal. NO_BOUND: differences are
-        reported, nothing is expected, and the reference may be of another type.
+      expect: CONTRACT, EXACT or NO_BOUND of `parity.contract`; with NO_BOUND the reference may be of another type.
       components_only: leaves out whole prompts through the cache and the continuation.
       settings: what the report says of itself.
 
@@ -68,20 +67,6 @@ def compare(
         logits = compare_logits(llm, head, tokens_BL, chunk, expect)
         greedy = compare_greedy(llm, reference, head, tokens_BL, new_tokens, expect) if new_tokens else ()
     return Report(settings or {}, tuple(rows), logits, greedy)
-
-
-def check_tokens(config: LlamaConfig, tokens_BL: np.ndarray, new_tokens: int) -> None:
-    """Raises ParityError for tokens that the model cannot take."""
-    if tokens_BL.ndim != 2 or not tokens_BL.size:
-        raise ParityError(f"expected a (rows, length) array of tokens, got shape {tokens_BL.shape}.")
-    if tokens_BL.min() < 0 or tokens_BL.max() >= config.vocab_size:
-        raise ParityError(f"token ids must lie in 0..{config.vocab_size - 1}.")
-    length = tokens_BL.shape[1]
-    if length + new_tokens > config.max_seq_len:
-        raise ParityError(
-            f"the prompt of {length} tokens and {new_tokens} new ones do not fit the model's context of "
-            f"{config.max_seq_len}: shorten the prompt or the continuation."
-        )
 
 
 class _Run:

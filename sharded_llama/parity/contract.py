@@ -7,9 +7,11 @@ and the bound that it is held to, None where the contract has none.
 import ml_dtypes
 import numpy as np
 
-from .results import ISOLATED
+from .results import CUMULATIVE, ISOLATED
 
-# What is expected of a comparison: equal values, the contract, or nothing (as between two types).
+# What is expected of a comparison. EXACT: two engines run the same programs on the same weights, so that cumulative
+# components are equal; isolated ones and whole prompts come from other programs and are held to the contract.
+# NO_BOUND: nothing, as between two types.
 EXACT, CONTRACT, NO_BOUND = "exact", "contract", "no bound"
 
 FLOAT64 = 1e-10
@@ -64,8 +66,10 @@ def judge(
       expect: EXACT, CONTRACT or NO_BOUND.
     """
     apart = distance(ours, theirs)
-    if expect != CONTRACT:
-        return apart, 0.0 if expect == EXACT else None
+    if expect == NO_BOUND:
+        return apart, None
+    if expect == EXACT and mode == CUMULATIVE:
+        return apart, 0.0
     if mode == ISOLATED and component in COPIES:
         return apart, 0.0
     if dtype == "float64":

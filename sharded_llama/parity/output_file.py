@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def replacing(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def check_writable(file: Path) -> None:
+    """Raises ParityError, before anything is computed, when `file` could not be written in the end."""
+    if not file.absolute().parent.is_dir():
+        raise ParityError(f"{file}: its folder does not exist.")
+    if file.exists() and not file.is_file():
+        raise ParityError(f"{file} is a folder or a device; name a file.")
+    try:
+        with tempfile.TemporaryFile(dir=file.absolute().parent):  # rights alone do not tell
+            pass
+    except OSError as error:
+        raise ParityError(f"{file}: its folder cannot be written to: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A comparison as a picture: relative error by layer and component. Needs matplotlib, an extra."""
 
+import importlib
 import math
 import os
 from collections.abc import Sequence
@@ -38,16 +39,12 @@ def plot(report: Report, file: str | os.PathLike[str]) -> None:
     missing, or when the file cannot be written.
     """
     file = Path(file)
-    kind = file.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise ParityError(f"{file}: a picture's name has to end with {', '.join('.' + x for x in FORMATS)}.")
+    check_plot(file)
     if not report.rows:
         raise ParityError(f"{file}: the comparison has no components to draw.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ParityError(f"{file}: pictures need a package: pip install 'sharded_llama[parity]' ({e}).") from e
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     modes = [mode for mode in MODES if any(row.mode == mode for row in report.rows)]
     figure = Figure(figsize=(12, 0.6 + 4.9 * len(modes)), layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed
@@ -61,7 +58,17 @@ def plot(report: Report, file: str | os.PathLike[str]) -> None:
     order = [*(name for name in styles if name in handles), *last]
     figure.legend([handles[name] for name in order], order, loc="outside right upper", handlelength=3.5)
     with replacing(file) as temporary, naming(file):
-        figure.savefig(temporary, format=kind, dpi=120)
+        figure.savefig(temporary, format=file.suffix.lower().removeprefix("."), dpi=120)
+
+
+def check_plot(file: Path) -> None:
+    """Raises ParityError when no picture can be drawn to this file: another ending, or matplotlib is missing."""
+    if file.suffix.lower().removeprefix(".") not in FORMATS:
+        raise ParityError(f"{file}: a picture's name has to end with {', '.join('.' + x for x in FORMATS)}.")
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as e:
+        raise ParityError(f"{file}: pictures need a package: pip install 'sharded_llama[parity]' ({e}).") from e
 
 
 def _styles(components: Sequence[str]) -> dict[str, dict[str, Any]]:

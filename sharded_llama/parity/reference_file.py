@@ -134,17 +134,8 @@ def open_reference(file: str | os.PathLike[str]) -> ReferenceFile:
 
 
 def check_model(file: ReferenceFile, config: LlamaConfig, fingerprint: str) -> None:
-    """Raises ParityError when the reference is not of this model, in this type, with these weights.
-
-    Fields that do not change the numbers may differ: NOT_THE_MODEL.
-    """
-    differences = []
-    for field in dataclasses.fields(LlamaConfig):
-        theirs, ours = getattr(file.config, field.name), getattr(config, field.name)
-        if field.name not in NOT_THE_MODEL and theirs != ours:
-            differences.append(f"{field.name}: the reference has {theirs!r}, this run {ours!r}")
-    if differences:
-        raise ParityError(f"{file.file}: is a reference of another model. {'; '.join(differences)}.")
+    """Raises ParityError when the reference is not of this model, in this type, with these weights."""
+    check_same_model(str(file.file), file.config, config)
     if file.dtype != config.dtype:
         raise ParityError(
             f"{file.file}: the reference is {file.dtype}, this run {config.dtype}: give --dtype={file.dtype}, or make "
@@ -155,6 +146,15 @@ def check_model(file: ReferenceFile, config: LlamaConfig, fingerprint: str) -> N
             f"{file.file}: is a reference of other weights: their fingerprint is {reprlib.repr(file.fingerprint)}, "
             f"that of this run's weights {reprlib.repr(fingerprint)}."
         )
+
+
+def check_same_model(place: str, theirs: LlamaConfig, ours: LlamaConfig) -> None:
+    """Raises ParityError, naming `place` and every field, when two configs differ in more than NOT_THE_MODEL."""
+    names = [field.name for field in dataclasses.fields(LlamaConfig) if field.name not in NOT_THE_MODEL]
+    values = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    differences = [f"{name}: it has {a!r}, this run {b!r}" for name, a, b in values if a != b]
+    if differences:
+        raise ParityError(f"{place}: is of another model. {'; '.join(differences)}.")
 
 
 @contextlib.contextmanager

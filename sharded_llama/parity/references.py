@@ -1,6 +1,7 @@
 """The PyTorch reference of a checkpoint, whatever its format."""
 
 import contextlib
+import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ def torch_reference(source: CheckpointSource, config: LlamaConfig, device: str =
     nothing with this package's reader. Any other format is exported to a temporary Hugging Face folder first. Raises
     ParityError when torch or transformers are not installed, or cannot load it.
     """
+    check_torch(source, device)
     with contextlib.ExitStack() as stack:
         folder = Path(source.location)
         if not isinstance(source, SafetensorsSource | MetaSource):
@@ -33,21 +35,30 @@ def torch_reference(source: CheckpointSource, config: LlamaConfig, device: str =
         yield _open(folder, isinstance(source, MetaSource), config, device)
 
 
-def _open(folder: Path, is_meta: bool, config: LlamaConfig, device: str) -> Reference:
+def check_torch(source: CheckpointSource, device: str = "cpu") -> None:
+    """Raises ParityError, before weights are read, when the packages or the device of PyTorch are not there."""
     try:
-        from .torch_reference import TorchReference
+        from .torch_reference import torch_device
 
-        if is_meta:
-            from .meta_model import open_meta_model
-
-            factor = 1.0 if config.rope_scaling is None else config.rope_scaling.factor
-            return TorchReference(open_meta_model(folder, config.dtype, rope_factor=factor, device=device))
-        from .transformers_model import open_transformers
-
-        return TorchReference(open_transformers(folder, config.dtype, device))
+        if not isinstance(source, MetaSource):
+            importlib.import_module(".transformers_model", __package__)
     except ImportError as error:
         raise ParityError(
-            f"the reference needs torch and, for Hugging Face folders, transformers ({error}): pip install "
+            f"the reference needs torch and, but for Meta's checkpoints, transformers ({error}): pip install "
             "'sharded_llama[parity]', or compare with a file that --save_reference made on another machine: "
             "--reference=FILE."
         ) from error
+    torch_device(device)
+
+
+def _open(folder: Path, is_meta: bool, config: LlamaConfig, device: str) -> Reference:
+    from .torch_reference import TorchReference
+
+    if is_meta:
+        from .meta_model import open_meta_model
+
+        factor = 1.0 if config.rope_scaling is None else config.rope_scaling.factor
+        return TorchReference(open_meta_model(folder, config.dtype, rope_factor=factor, device=device))
+    from .transformers_model import open_transformers
+
+    return TorchReference(open_transformers(folder, config.dtype, device))

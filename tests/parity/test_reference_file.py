@@ -249,14 +249,14 @@ def test_the_same_model(saved: Path):
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
-        ({"n_layers": 3}, ["another model", "n_layers: the reference has 2, this run 3"]),
+        ({"n_layers": 3}, ["another model", "n_layers: it has 2, this run 3"]),
         (
             {"rope_theta": 1e4, "dim": 8},
-            ["rope_theta: the reference has 500000.0, this run 10000.0", "dim: .* 6, .* 8"],
+            ["rope_theta: it has 500000.0, this run 10000.0", "dim: .* 6, .* 8"],
         ),
-        ({"rope_scaling": None}, [r"rope_scaling: the reference has RopeScaling\(factor=8.0, .*, this run None"]),
-        ({"tie_embeddings": True}, ["tie_embeddings: the reference has False, this run True"]),
-        ({"norm_eps": 1e-6, "dtype": "bfloat16"}, ["norm_eps: the reference has 1e-05, this run 1e-06"]),
+        ({"rope_scaling": None}, [r"rope_scaling: it has RopeScaling\(factor=8.0, .*, this run None"]),
+        ({"tie_embeddings": True}, ["tie_embeddings: it has False, this run True"]),
+        ({"norm_eps": 1e-6, "dtype": "bfloat16"}, ["norm_eps: it has 1e-05, this run 1e-06"]),
         (
             {"dtype": "bfloat16"},
             ["the reference is float32, this run bfloat16: give --dtype=float32, or make .* with --dtype=bfloat16"],
