@@ -11,7 +11,7 @@ Exits with 1 when the numerics contract (docs/parity.md) is broken, and names th
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,9 +195,13 @@ def choose_new_tokens(config: LlamaConfig, length: int, file: ReferenceFile | No
 # References
 
 
+def open_torch(source: CheckpointSource, config: LlamaConfig) -> AbstractContextManager[Reference]:
+    return torch_reference(source, config, REFERENCE_DEVICE.value, rope_factor=common.ROPE_FACTOR.value)
+
+
 def save(source: CheckpointSource, config: LlamaConfig, tokens_BL: np.ndarray, new_tokens: int) -> None:
     file, weights = named_file(SAVE_REFERENCE.value), fingerprint(source, config)
-    with torch_reference(source, config, REFERENCE_DEVICE.value) as reference:
+    with open_torch(source, config) as reference:
         nbytes = save_reference(
             file,
             reference,
@@ -264,7 +268,7 @@ def open_other(
     elif second is not None:
         yield load_second(second, source, llm)
     else:
-        with torch_reference(source, llm.config, REFERENCE_DEVICE.value) as reference:
+        with open_torch(source, llm.config) as reference:
             yield reference, CONTRACT
 
 

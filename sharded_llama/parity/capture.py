@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from ..attention import attention_weights
 from ..config import LlamaConfig
 from ..engine.llm import LLM
+from ..errors import ParityError
 from ..kv_cache import KVCache
 from ..model import LAYER_PSPECS, embed, head, rotary_positions, transformer_layer
 from ..sharding import DATA, MODEL, SPECS, padded
 from ..weights import LayerWeights
-from .components import HEAD_AXES, LAYER_AXES
+from .components import LAYER_AXES
+from .pieces import pieces_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,14 +35,16 @@ _LAYOUTS = {
     "BLV": "logits",
 }
 _LAYER_LAYOUTS = {name: _LAYOUTS[axes] for name, axes in LAYER_AXES.items()}
-_CACHED_FED = ("q_rotated", "k_rotated", "v")  # all that attention through the cache depends on
+_CACHED_FED = ("q", "k", "v", "q_rotated", "k_rotated")  # what rotation and attention depend on
+_CACHED_GIVEN = ("q_rotated", "k_rotated", "attn")
 
 
 class Capture:
     """The components of one model, for (B, L) arrays of tokens. B need not divide over the mesh.
 
-    What goes in and comes out are host arrays in the axes of `parity.components`, but that k, v and what is cached of
-    them come out with every repeated kv head: (B, L, G', K).
+    What goes in and comes out are host arrays in the axes of `parity.components`. What comes out has more in it: rows
+    that repeat the first one until they divide over `data`, so that every replica is compared, and of k, v and what is
+    cached of them every repeated kv head: (B', L, G', K).
     """
 
     def __init__(self, llm: LLM):
@@ -48,9 +52,9 @@ class Capture:
         self._static = {"config": llm.config, "mesh": llm.mesh, "backend": llm.steps.backend}
 
     def embedding(self, tokens_BL: np.ndarray) -> np.ndarray:
-        """The embeddings (B, L, D)."""
+        """The embeddings (B', L, D)."""
         tokens = self._put("tokens", tokens_BL.astype(np.int32))
-        return self._fetch(_embedding(self.llm.weights.tok_embeddings, tokens, mesh=self.llm.mesh), len(tokens_BL))
+        return fetch(_embedding(self.llm.weights.tok_embeddings, tokens, mesh=self.llm.mesh))
 
     def layer(
         self, layer: int, h_BLD: np.ndarray, fed: Mapping[str, np.ndarray] | None = None, *, weights: bool = True
@@ -62,46 +66,54 @@ class Capture:
         """
         fed = {name: self._feed(name, x) for name, x in (fed or {}).items() if name != "attn_weights"}
         out = _layer(self.llm.weights.layers[layer], self._put("hidden", h_BLD), fed, weights=weights, **self._static)
-        return self._host(LAYER_AXES, out, len(h_BLD))
+        width = self.llm.config.ffn_dim
+        return {
+            name: fetch(out[name])[..., : width if axes[-1] == "F" else None]
+            for name, axes in LAYER_AXES.items()
+            if name in out
+        }
 
     def cached_layer(self, layer: int, h_BLD: np.ndarray, fed: Mapping[str, np.ndarray], chunk: int) -> Arrays:
-        """Attention through the KV cache, fed with rotated q and k and with v: k_cache, v_cache and cached_attn.
+        """Rotation and attention of a prompt that goes through the KV cache, each fed the given values.
 
-        The tokens come in chunks of `chunk`, the last three one by one, as a prompt that is continued and then decoded.
+        The tokens come in chunks of `chunk`, the last three one by one, as a prompt that is continued and then
+        decoded, neighbouring rows at different positions. Gives the rotated q and k that the layer computes at these
+        positions, what the cache then holds, and what attention to the cache gives.
         """
-        batch, length = h_BLD.shape[:2]
-        pieces = pieces_of(length, chunk, n_single=3)
-        cache_length = length + chunk  # the last chunk is padded
-        rows = -(-batch // self.llm.mesh.shape[DATA]) * self.llm.mesh.shape[DATA]
-        (cache,) = KVCache.new(self.llm.config.replace(n_layers=1), self.llm.mesh, rows, cache_length)
-        outputs = []
-        for start, stop, size in pieces:
-            piece = {name: _cut(fed[name], start, stop, size) for name in _CACHED_FED}
-            attn, cache = _cached_layer(
+        h_BLD, *values = (repeat_rows(x, self.llm) for x in (h_BLD, *(fed[name] for name in _CACHED_FED)))
+        fed = dict(zip(_CACHED_FED, values, strict=True))
+        rows, length = h_BLD.shape[:2]
+        (cache,) = KVCache.new(self.llm.config.replace(n_layers=1), self.llm.mesh, rows, length + chunk)
+        whole: Arrays = {}
+        for piece in pieces_of(rows, length, min(chunk, length), n_single=3):
+            out, cache = _cached_layer(
                 self.llm.weights.layers[layer],
-                self._put("hidden", _cut(h_BLD, start, stop, size)),
-                {name: self._feed(name, x) for name, x in piece.items()},
+                self._put("hidden", piece.take(h_BLD)),
+                {name: self._feed(name, piece.take(x)) for name, x in fed.items()},
                 cache,
-                self._put("tokens", np.full(batch, start, np.int32)),
+                self._put("tokens", piece.starts_B),
                 **self._static,
             )
-            outputs.append(self._fetch(attn, batch)[:, : stop - start])
-        k_cache, v_cache = (self._fetch(x, batch)[:, :length] for x in cache)
-        return {"k_cache": k_cache, "v_cache": v_cache, "cached_attn": np.concatenate(outputs, axis=1)}
+            for name, x in out.items():
+                part = fetch(x)
+                piece.put(part, whole.setdefault(name, np.zeros((rows, length, *part.shape[2:]), part.dtype)))
+        k_cache, v_cache = (fetch(x)[:, :length] for x in cache)
+        rotated = {f"cached_{name}": whole[name] for name in ("q_rotated", "k_rotated")}
+        return rotated | {"k_cache": k_cache, "v_cache": v_cache, "cached_attn": whole["attn"]}
 
     def head(self, h_BLD: np.ndarray, norm_BLD: np.ndarray | None = None) -> Arrays:
-        """The final norm of `h_BLD`, and the logits (B, L, V) of it, or of `norm_BLD` where that is given."""
+        """The final norm of `h_BLD`, and the logits (B', L, V) of it, or of `norm_BLD` where that is given."""
         weights = self.llm.weights
         output = weights.tok_embeddings if weights.output is None else weights.output
         fed = {} if norm_BLD is None else {"norm": self._put("hidden", norm_BLD)}
         h = self._put("hidden", h_BLD)
         out = _head(h, weights.norm, output, fed, config=self.llm.config, mesh=self.llm.mesh)
-        return self._host(HEAD_AXES, out, len(h_BLD))
+        return {"norm": fetch(out["norm"]), "logits": without_padding(fetch(out["logits"]), self.llm.config.vocab_size)}
 
     def _put(self, layout: str, x: np.ndarray) -> jax.Array:
-        """A host array in its shards, with rows added that repeat the first so that the batch divides."""
-        missing = -len(x) % self.llm.mesh.shape[DATA]
-        return self.llm.steps.put(layout, np.concatenate([x, *[x[:1]] * missing]) if missing else x)
+        if layout != "tokens":  # the reference may be of another type
+            x = x.astype(self.llm.config.jnp_dtype, copy=False)
+        return self.llm.steps.put(layout, repeat_rows(x, self.llm))
 
     def _feed(self, name: str, x: np.ndarray) -> jax.Array:
         """A component of the reference in the form that it has on this mesh: heads repeated, widths padded."""
@@ -113,33 +125,25 @@ class Capture:
             x = np.pad(x, [(0, 0), (0, 0), (0, padded(width, model) - width)])
         return self._put(_LAYER_LAYOUTS[name], x)
 
-    def _fetch(self, x: jax.Array, batch: int) -> np.ndarray:
-        """The first `batch` rows on the host, in every process."""
-        if not x.is_fully_addressable:
-            x = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)[:batch]
 
-    def _host(self, axes: Mapping[str, str], computed: Mapping[str, jax.Array], batch: int) -> Arrays:
-        """Components on the host in the order of `axes`, without padding."""
-        sizes = {"F": self.llm.config.ffn_dim, "V": self.llm.config.vocab_size}
-        return {
-            name: self._fetch(computed[name], batch)[..., : sizes.get(letters[-1])]
-            for name, letters in axes.items()
-            if name in computed
-        }
+def repeat_rows(x: np.ndarray, llm: LLM) -> np.ndarray:
+    """The array with its first row again until the rows divide over the mesh's `data`."""
+    missing = -len(x) % llm.mesh.shape[DATA]
+    return np.concatenate([x, *[x[:1]] * missing]) if missing else x
 
 
-def pieces_of(length: int, chunk: int, n_single: int) -> list[tuple[int, int, int]]:
-    """(start, stop, size) of chunks of one size, the last padded to it, and of single tokens at the end."""
-    end = max(0, length - n_single)
-    chunks = [(start, min(start + chunk, end), chunk) for start in range(0, end, chunk)]
-    return chunks + [(i, i + 1, 1) for i in range(end, length)]
+def fetch(x: jax.Array) -> np.ndarray:
+    """A global array on the host, in every process."""
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
-def _cut(x: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
-    """Tokens start..stop of (B, L, ..), padded with zeros to `size` tokens."""
-    piece = x[:, start:stop]
-    return np.pad(piece, [(0, 0), (0, size - piece.shape[1])] + [(0, 0)] * (x.ndim - 2))
+def without_padding(logits_V: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The logits (.., V) of true tokens. Raises ParityError when padding of the vocabulary could be sampled."""
+    if (logits_V[..., vocab_size:] != -np.inf).any():
+        raise ParityError(f"the logits of the padding of the vocabulary, from {vocab_size} on, are not all -inf.")
+    return logits_V[..., :vocab_size]
 
 
 class _Keep:
@@ -200,22 +204,22 @@ def _cached_layer(
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
-) -> tuple[jax.Array, KVCache]:
-    """Attention of tokens at `cur_pos_B` and after to the cache, and the cache with them."""
+) -> tuple[dict[str, jax.Array], KVCache]:
+    """Rotated q and k of tokens at `cur_pos_B` and after, their attention to the cache, and the cache with them."""
 
     def run(
         w: LayerWeights, h_BLD: jax.Array, fed: dict[str, jax.Array], cache: KVCache, cur_pos_B: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[dict[str, jax.Array], KVCache]:
         keep = _Keep(fed)
         rotary = rotary_positions(config, h_BLD.shape[:2], cur_pos_B)
         _, cache = transformer_layer(
             w, h_BLD, rotary, cache, cur_pos_B, 0, None, 0, config=config, backend=backend, probe=keep
         )
-        return keep.seen["attn"], cache
+        return {name: keep.seen[name] for name in _CACHED_GIVEN}, cache
 
     fed_specs = {name: SPECS[_LAYER_LAYOUTS[name]] for name in fed}
     in_specs = (LAYER_PSPECS, SPECS["hidden"], fed_specs, SPECS["kv_cache"], SPECS["tokens"])
-    out_specs = (SPECS["heads"], SPECS["kv_cache"])
+    out_specs = (dict.fromkeys(_CACHED_GIVEN, SPECS["heads"]), SPECS["kv_cache"])
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
     return sharded(w, h_BLD, fed, cache, cur_pos_B)
 

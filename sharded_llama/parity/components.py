@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..config import LlamaConfig
+
 EMBEDDING, HEAD = "embedding", "head"
 
 # Axes of each component; the letters are those of the package, and S is the position that is attended to.
@@ -34,6 +36,8 @@ LAYER_AXES = {
 }
 HEAD_AXES = {"norm": "BLD", "logits": "BLV"}
 
+MAX_ATTENTION_BYTES = 1 << 30  # of a layer's attn_weights in the model's type; larger ones are left out
+
 AXIS_NAMES = {
     "B": "row",
     "L": "token",
@@ -52,9 +56,23 @@ def layer_stage(layer: int) -> str:
     return f"layers.{layer}"
 
 
+def keeps_attention_weights(shape: tuple[int, int], n_heads: int, dtype: np.dtype) -> bool:
+    """Whether the attention weights of (B, L) tokens are small enough to be compared."""
+    batch, length = shape
+    return batch * n_heads * length**2 * np.dtype(dtype).itemsize <= MAX_ATTENTION_BYTES
+
+
 def stage_axes(stage: str) -> dict[str, str]:
     """Axes by component of a stage, in the order of computation."""
     return {EMBEDDING: EMBEDDING_AXES, HEAD: HEAD_AXES}.get(stage, LAYER_AXES)
+
+
+def component_shapes(stage: str, config: LlamaConfig, tokens_shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shape by component of a stage of a model, for (B, L) tokens."""
+    batch, length = tokens_shape
+    sizes = {"B": batch, "L": length, "S": length, "D": config.dim, "F": config.ffn_dim, "V": config.vocab_size}
+    sizes |= {"H": config.n_heads, "G": config.n_kv_heads, "K": config.head_dim}
+    return {name: tuple(sizes[axis] for axis in axes) for name, axes in stage_axes(stage).items()}
 
 
 class Stage(NamedTuple):

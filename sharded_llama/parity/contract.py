@@ -7,6 +7,7 @@ and the bound that it is held to, None where the contract has none.
 import ml_dtypes
 import numpy as np
 
+from .measure import distance
 from .results import CUMULATIVE, ISOLATED
 
 # What is expected of a comparison. EXACT: two engines run the same programs on the same weights, so that cumulative
@@ -25,16 +26,6 @@ RTOL, ATOL = 1e-3, 1e-2  # float32 logits, everywhere
 WHOLE_LAYER = "layer"
 COPIES = ("k_cache", "v_cache")  # what the cache holds is what was written
 SHARDED_SUMS = ("attn_wo", "down")  # each shard of `model` rounds its part before the parts are added
-
-
-def distance(x: np.ndarray, reference: np.ndarray) -> float:
-    """Norm of the difference over norm of the reference, in float64; NaN when either has values that are not finite."""
-    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
-    norm = np.linalg.norm(reference)
-    error = np.linalg.norm(x - reference)
-    if error == 0:
-        return 0.0
-    return float(error / norm) if norm else float("inf")
 
 
 def unit_roundoff(dtype: str) -> float:

@@ -1,44 +1,55 @@
 """Whole prompts through the compiled model, in one piece and through the cache, and greedy continuations."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..kv_cache import KVCache
 from ..model import xfmr
-from ..sharding import DATA, MODEL
+from ..sharding import MODEL
 from ..weights import XfmrWeights
+from .capture import fetch, repeat_rows, without_padding
 from .components import Reference, Stage
 from .contract import ATOL, CONTRACT, EXACT, FLOAT32_LOGITS, FLOAT64, HALF, NO_BOUND, RTOL, judge
 from .measure import kl_divergence, measure, top_k_agreement
+from .pieces import Piece, pieces_of
 from .results import CUMULATIVE, GreedyRow, LogitsRow
 
 
 def compare_logits(
     llm: LLM, head: Stage, tokens_BL: np.ndarray, chunk: int, expect: str = CONTRACT
 ) -> tuple[LogitsRow, ...]:
-    """The logits of every position, computed in one piece, in chunks and token by token through the cache.
+    """The logits of every position, computed in one piece, in chunks, token by token through the cache, and
+    the second half token by token after the first in one piece.
 
     `head` is the reference's last stage. `chunk` is in tokens. The reference's logits come from another program than
     these, even if it is this engine: EXACT expects no more of them than CONTRACT.
     """
     expect = CONTRACT if expect == EXACT else expect
     length, dtype = tokens_BL.shape[1], llm.config.dtype
-    theirs = head.values["logits"]
+    theirs, exact = (None if x is None else repeat_rows(x, llm) for x in (head.values["logits"], head.exact_logits))
+    tokens_BL = repeat_rows(tokens_BL, llm)
+    batch, half = len(tokens_BL), length // 2
+    ways = {
+        "one piece": (length, []),
+        f"chunks of {chunk}": (0, pieces_of(batch, length, chunk, n_single=0)),
+        "token by token": (0, pieces_of(batch, length, 1, n_single=length)),
+        "half, then tokens": (half, pieces_of(batch, length, 1, n_single=length, start=half)),  # as it is served
+    }
     rows = []
-    for way, size in (("one piece", None), (f"chunks of {chunk}", min(chunk, length)), ("token by token", 1)):
-        ours = logits_through_cache(llm, tokens_BL, size)
+    for way, (prefill, pieces) in ways.items():
+        ours = logits_through_cache(llm, tokens_BL, prefill, pieces)
         judged, bound = judge(
             CUMULATIVE,
             "logits",
             ours,
             theirs,
-            exact=head.exact_logits,
+            exact=exact,
             noise=head.noise.get("logits"),
             dtype=dtype,
             shards=llm.mesh.shape[MODEL],
@@ -54,25 +65,29 @@ def compare_logits(
     return tuple(rows)
 
 
-def logits_through_cache(llm: LLM, tokens_BL: np.ndarray, size: int | None) -> np.ndarray:
-    """Logits (B, L, V) of every position: the prompt goes through the cache `size` tokens at a time.
+def logits_through_cache(llm: LLM, tokens_BL: np.ndarray, prefill: int, pieces: Sequence[Piece]) -> np.ndarray:
+    """Logits (B, L, V) of every position; B divides over the mesh.
 
-    `size=None`: in one piece, as a prompt is prefilled: it attends to itself and only writes the cache.
+    The first `prefill` tokens run in one piece, as prompts do: they attend to themselves and only write the cache. The
+    pieces that follow attend to the cache.
     """
-    (batch, length), data = tokens_BL.shape, llm.mesh.shape[DATA]
-    tokens_BL = np.concatenate([tokens_BL, *[tokens_BL[:1]] * (-batch % data)]).astype(np.int32)
-    step = functools.partial(_step, config=llm.config, mesh=llm.mesh, backend=llm.steps.backend)
-    caches = KVCache.new(llm.config, llm.mesh, len(tokens_BL), length + (size or 1))  # the last chunk is padded
-    pieces = []
-    for start in range(0, length, size or length):
-        piece = tokens_BL[:, start : start + (size or length)]
-        padded = np.pad(piece, [(0, 0), (0, (size or length) - piece.shape[1])])
-        positions = None if size is None else llm.steps.put("tokens", np.full(len(tokens_BL), start, np.int32))
-        logits, caches = step(llm.weights, llm.steps.put("tokens", padded), positions, caches)
-        if not logits.is_fully_addressable:
-            logits = multihost_utils.process_allgather(logits, tiled=True)
-        pieces.append(np.asarray(logits)[:batch, : piece.shape[1], : llm.config.vocab_size])
-    return np.concatenate(pieces, axis=1)
+    (batch, length), config = tokens_BL.shape, llm.config
+    step = functools.partial(_step, config=config, mesh=llm.mesh, backend=llm.steps.backend)
+    longest = max((piece.positions_BL.shape[1] for piece in pieces), default=1)
+    caches = KVCache.new(config, llm.mesh, batch, length + longest)  # a chunk at the end is padded
+    logits = np.zeros((batch, length, config.vocab_size), np.promote_types(config.jnp_dtype, np.float32))
+
+    def run(tokens: np.ndarray, starts_B: np.ndarray | None, caches: tuple[KVCache, ...]) -> tuple:
+        positions = None if starts_B is None else llm.steps.put("tokens", starts_B)
+        out, caches = step(llm.weights, llm.steps.put("tokens", tokens.astype(np.int32)), positions, caches)
+        return without_padding(fetch(out), config.vocab_size), caches
+
+    if prefill:
+        logits[:, :prefill], caches = run(tokens_BL[:, :prefill], None, caches)
+    for piece in pieces:
+        out, caches = run(piece.take(tokens_BL), piece.starts_B, caches)
+        piece.put(out, logits)
+    return logits
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="caches")

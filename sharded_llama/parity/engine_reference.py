@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from ..engine.llm import LLM
-from .capture import Arrays, Capture
-from .components import EMBEDDING, HEAD, LAYER_AXES, Greedy, Stage, layer_stage
+from .capture import Arrays, Capture, repeat_rows
+from .components import EMBEDDING, HEAD, LAYER_AXES, Greedy, Stage, keeps_attention_weights, layer_stage
 from .decoding import greedy_tokens, logits_through_cache
 
 
@@ -33,23 +33,29 @@ class EngineReference:
     def stages(self, tokens_BL: np.ndarray) -> Iterator[Stage]:
         """See `Reference.stages`. Knows no noise and nothing exact."""
         capture = Capture(self.llm)
-        h_BLD = capture.embedding(tokens_BL)
+        config = self.llm.config
+        weights = keeps_attention_weights(tokens_BL.shape, config.n_heads, config.jnp_dtype)
+        batch = len(tokens_BL)
+        h_BLD = capture.embedding(tokens_BL)[:batch]
         yield Stage(EMBEDDING, {EMBEDDING: h_BLD}, {}, {})
         for i in range(self.llm.config.n_layers):
-            values = self._unrepeated(capture.layer(i, h_BLD))
+            values = self._unrepeated(capture.layer(i, h_BLD, weights=weights), batch)
             h_BLD = values["ffn_residual"]
             yield Stage(layer_stage(i), values, {}, {})
-        yield Stage(HEAD, capture.head(h_BLD), {}, {})
+            del values  # not to be held while the next stage is computed
+        yield Stage(HEAD, {name: x[:batch] for name, x in capture.head(h_BLD).items()}, {}, {})
 
     def greedy(self, tokens_BL: np.ndarray, new_tokens: int) -> Greedy:
         """See `Reference.greedy`."""
         tokens_BN = greedy_tokens(self.llm, tokens_BL, new_tokens)
-        whole = np.concatenate([tokens_BL, tokens_BN[:, :-1]], axis=1)
-        logits = logits_through_cache(self.llm, whole, None)[:, tokens_BL.shape[1] - 1 :]
+        whole = repeat_rows(np.concatenate([tokens_BL, tokens_BN[:, :-1]], axis=1), self.llm)
+        logits = logits_through_cache(self.llm, whole, whole.shape[1], [])
+        logits = logits[: len(tokens_BL), tokens_BL.shape[1] - 1 :]
         second, first = np.moveaxis(np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:], -1, 0)
         return Greedy(tokens_BN, first - second)
 
-    def _unrepeated(self, values: Arrays) -> Arrays:
-        """Repeated kv heads are copies: the first of each is kept."""
+    def _unrepeated(self, values: Arrays, batch: int) -> Arrays:
+        """Repeated rows and kv heads are copies: the first of each is kept."""
         n_kv_heads = self.llm.config.n_kv_heads
+        values = {name: x[:batch] for name, x in values.items()}
         return {n: x[:, :, :: x.shape[2] // n_kv_heads] if "G" in LAYER_AXES[n] else x for n, x in values.items()}

@@ -23,6 +23,9 @@ def fingerprint(source: CheckpointSource, config: LlamaConfig) -> str:
             continue
         if name not in source.tensors:
             raise CheckpointError(f"{source.location}: lacks {source.stored_name(name)}.")
+        if source.tensors[name].shape != shape:
+            given = source.tensors[name].shape
+            raise CheckpointError(f"{source.location}: {source.stored_name(name)} is {given}, should be {shape}.")
         row = shape[0] // 2
         slices = (slice(row, row + 1), slice(0, shape[1])) if len(shape) == 2 else (slice(0, shape[0]),)
         out = np.empty([s.stop - s.start for s in slices], source.tensors[name].dtype)

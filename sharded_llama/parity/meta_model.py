@@ -23,20 +23,22 @@ ZIP_MAGIC = b"PK\x03\x04"
 # Which axis the ranks split, by what a tensor belongs to; nothing splits a norm.
 SPLIT_AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, OLD_CONTEXT = 1, 4, 8192  # constants in Meta's code
+FACTOR, FACTORS = 8.0, {(2048, 16): 32.0, (3072, 28): 32.0}  # by (dim, n_layers): Llama 3.2 1B and 3B
 LLAMA2_THETA, LLAMA3_THETA, LLAMA3_VOCAB = 10_000.0, 500_000.0, 128_256  # where params.json has no rope_theta
 
 Rank = Mapping[str, torch.Tensor]
 
 
 def open_meta_model(
-    folder: str | os.PathLike[str], dtype: str, *, rope_factor: float, device: str = "cpu"
+    folder: str | os.PathLike[str], dtype: str, *, rope_factor: float | None = None, device: str = "cpu"
 ) -> "MetaModel":
     """Opens params.json and every consolidated.NN.pth of a folder; the tensors stay in the files until they are used.
 
     Args:
       folder: as Meta's download leaves it.
       dtype: of weights and activations: float64, float32, bfloat16 or float16.
-      rope_factor: of scaled rotary embeddings, which the folder does not say; used if it says `use_scaled_rope`.
+      rope_factor: of scaled rotary embeddings, used if params.json says `use_scaled_rope`; None: what this package's
+        exporter wrote beside it, else 32 for the shapes of Llama 3.2 1B and 3B, else 8.
       device: what computes, such as "cuda".
 
     Raises ParityError, naming the file and the field or tensor, for what is missing, malformed or not a plain Llama.
@@ -63,7 +65,7 @@ def open_meta_model(
     theta = params.positive("rope_theta", LLAMA3_THETA if is_llama3 else LLAMA2_THETA)
     inv_freq = inverse_frequencies(dim // n_heads, theta)
     if scaled:
-        inv_freq = scale_frequencies(inv_freq, rope_factor)
+        inv_freq = scale_frequencies(inv_freq, rope_factor or _factor(folder, (dim, n_layers)))
     return MetaModel(
         ranks=ranks,
         dim=dim,
@@ -75,6 +77,16 @@ def open_meta_model(
         dtype=to,
         device=place,
     )
+
+
+def _factor(folder: Path, shape: tuple[int, int]) -> float:
+    """The factor of scaled rotary embeddings. Read here, not taken from the engine: it may be what is wrong there."""
+    sidecar = folder / "sharded_llama.json"
+    if sidecar.exists():
+        scaling = read_json_object(sidecar, ParityError).get("rope_scaling")
+        if isinstance(scaling, dict):
+            return _Params(sidecar, scaling).positive("factor", FACTOR)
+    return FACTORS.get(shape, FACTOR)
 
 
 @dataclass(frozen=True)

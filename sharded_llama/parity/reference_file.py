@@ -32,7 +32,7 @@ from ..checkpoint.hf.safetensors import read_header_and_metadata
 from ..checkpoint.source import TensorInfo, shorten
 from ..config import LlamaConfig
 from ..errors import CheckpointError, ConfigError, ParityError
-from .components import EMBEDDING, HEAD, Greedy, Stage, layer_stage, stage_axes
+from .components import EMBEDDING, HEAD, Greedy, Stage, component_shapes, layer_stage, stage_axes
 
 FORMAT, VERSION = "sharded_llama parity reference", "1"
 FIELDS = ("format", "version", "package_version", "made_by", "fingerprint", "config", "settings")
@@ -189,11 +189,7 @@ def stage_tensors(
     stage: str, config: LlamaConfig, tokens_shape: tuple[int, int], has_weights: bool
 ) -> Iterator[tuple[str, TensorInfo]]:
     """The tensors of one stage by name, in the order of the file."""
-    sizes = {
-        **{"B": tokens_shape[0], "L": tokens_shape[1], "S": tokens_shape[1], "D": config.dim, "F": config.ffn_dim},
-        **{"H": config.n_heads, "G": config.n_kv_heads, "K": config.head_dim, "V": config.vocab_size},
-    }
-    shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in stage_axes(stage).items()}
+    shapes = component_shapes(stage, config, tokens_shape)
     if not has_weights:
         shapes.pop(OPTIONAL, None)
     dtypes = {"logits": FLOAT64 if config.dtype == "float64" else FLOAT32}

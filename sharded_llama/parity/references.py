@@ -18,12 +18,15 @@ from .components import Reference
 
 
 @contextlib.contextmanager
-def torch_reference(source: CheckpointSource, config: LlamaConfig, device: str = "cpu") -> Iterator[Reference]:
+def torch_reference(
+    source: CheckpointSource, config: LlamaConfig, device: str = "cpu", *, rope_factor: float | None = None
+) -> Iterator[Reference]:
     """The checkpoint in PyTorch, in `config.dtype` on `device` ("cpu", "cuda", ...), while the block runs.
 
     A Hugging Face folder is loaded by transformers. Meta's is run by a plain model in Meta's own layout, which shares
-    nothing with this package's reader. Any other format is exported to a temporary Hugging Face folder first. Raises
-    ParityError when torch or transformers are not installed, or cannot load it.
+    nothing with this package's reader; `rope_factor` is what the user gave, if anything. Any other format is exported
+    to a temporary Hugging Face folder first, by this package: what its reader gets wrong there is wrong on both sides.
+    Raises ParityError when torch or transformers are not installed, or cannot load it.
     """
     check_torch(source, device)
     with contextlib.ExitStack() as stack:
@@ -32,7 +35,7 @@ def torch_reference(source: CheckpointSource, config: LlamaConfig, device: str =
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sharded-llama-"))) / "hf"
             logging.info("exporting %s to %s for the reference.", source.location, folder)
             convert(source, config.replace(dtype=stored_dtype(source)), folder, ExportFormat("hf"))
-        yield _open(folder, isinstance(source, MetaSource), config, device)
+        yield _open(folder, isinstance(source, MetaSource), config.dtype, device, rope_factor)
 
 
 def check_torch(source: CheckpointSource, device: str = "cpu") -> None:
@@ -51,14 +54,13 @@ def check_torch(source: CheckpointSource, device: str = "cpu") -> None:
     torch_device(device)
 
 
-def _open(folder: Path, is_meta: bool, config: LlamaConfig, device: str) -> Reference:
+def _open(folder: Path, is_meta: bool, dtype: str, device: str, rope_factor: float | None) -> Reference:
     from .torch_reference import TorchReference
 
     if is_meta:
         from .meta_model import open_meta_model
 
-        factor = 1.0 if config.rope_scaling is None else config.rope_scaling.factor
-        return TorchReference(open_meta_model(folder, config.dtype, rope_factor=factor, device=device))
+        return TorchReference(open_meta_model(folder, dtype, rope_factor=rope_factor, device=device))
     from .transformers_model import open_transformers
 
-    return TorchReference(open_transformers(folder, config.dtype, device))
+    return TorchReference(open_transformers(folder, dtype, device))

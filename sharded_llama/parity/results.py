@@ -19,15 +19,15 @@ class Worst(NamedTuple):
 class Difference(NamedTuple):
     """How an array differs from the reference's."""
 
-    max_abs: float  # NaN where one of the arrays has values that are not finite
-    relative: float  # norm of the difference over norm of the reference; NaN likewise
+    max_abs: float  # NaN or infinite where one of the arrays has values that are not finite
+    relative: float  # norm of the difference over norm of the reference; then NaN
     bit_equal: float  # share of values with the same bits; of different types: equal values
     worst: Worst | None  # None where nothing differs
 
 
 def _within(judged: float, bound: float | None) -> bool:
-    """Values that are not finite never pass, whatever is expected."""
-    return not math.isnan(judged) and (bound is None or judged <= bound)
+    """Values that are not finite never pass, whatever is expected; nor does a bound that is not."""
+    return math.isfinite(judged) and (bound is None or judged <= bound < math.inf)
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,4 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return self.first_failure is None
+        return bool(self.rows) and self.first_failure is None

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from ..errors import ParityError
-from .components import EMBEDDING, HEAD, Greedy, Stage, layer_stage, stage_axes
+from .components import EMBEDDING, HEAD, MAX_ATTENTION_BYTES, Greedy, Stage, layer_stage, stage_axes
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # Type of a model -> type of the runs that it is compared with; a float64 model has none.
 HIGHER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-MAX_ATTENTION_BYTES = 1 << 30  # of a layer's attention weights in the model's type; larger ones are left out
 CHUNK = 1 << 22  # values that are converted to float64 at a time
 
 # Sees a component by name and in canonical form; returns what the computation goes on with, in the same form and type.
@@ -143,9 +142,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def torch_device(name: str) -> torch.device:
     """The device called `name`, such as "cuda:1". Raises ParityError when there is none."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
         raise ParityError(f"device={name!r} cannot be used: {str(e).splitlines()[0]}") from e
+    if device.type == "meta":  # which has shapes and no values
+        raise ParityError(f"device={name!r} cannot be used: it computes nothing.")
+    return device
 
 
 def torch_version(device: torch.device) -> str:

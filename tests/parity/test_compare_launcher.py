@@ -152,11 +152,11 @@ def test_the_demo_checkpoint_on_eight_devices(tmp_path):
     assert stdout.startswith(f"checkpoint: {DEMO} (Hugging Face safetensors)\n")
     assert "bfloat16, mesh data:2,model:4 on cpu" in stdout
     assert "of the default prompts" in stdout
-    assert "PASS: 222 components compared" in stdout
+    assert "PASS: 234 components compared" in stdout
     assert "%|" not in stderr, "no progress bar in a pipe"
     report = read_json(tmp_path / "report.json")
     assert (report["passed"], report["first_failure"]) == (True, None)
-    assert len(report["rows"]) == 222
+    assert len(report["rows"]) == 234
     assert [row["length"] for row in report["greedy"]] == [16, 16]
     assert (tmp_path / "errors.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["errors.png", "report.json"]
@@ -170,7 +170,7 @@ def test_a_saved_reference_on_a_machine_without_torch(folder, reference, tmp_pat
     direct = run(tmp_path / "direct.json", f"--checkpoint={folder}", MESH, *FEW)
     ((status, stdout, stderr),) = finish(saved)
     assert (status, direct.status) == (0, 0), stderr
-    assert "PASS: 78 components compared" in stdout
+    assert "PASS: 82 components compared" in stdout
     assert stdout.endswith(direct.text[direct.text.index("Isolated:") :])
     report = read_json(tmp_path / "saved.json")
     for part in ("passed", "first_failure", "rows", "logits", "greedy"):
@@ -240,10 +240,15 @@ def meta(tmp_path_factory) -> Path:
 def test_a_meta_folder_in_two_files(meta, tmp_path):
     done = run(tmp_path / "report.json", f"--checkpoint={meta}", MESH, "--rope_factor=4", *TINY, "--chunk=999999999")
     assert done.status == 0, done.text
-    assert [row["way"] for row in done.report["logits"]] == ["one piece", "chunks of 2", "token by token"]
+    assert [row["way"] for row in done.report["logits"]] == [
+        "one piece",
+        "chunks of 2",
+        "token by token",
+        "half, then tokens",
+    ]
     assert done.report["settings"]["checkpoint"] == f"{meta} (Meta)"
     assert "a plain model in Meta's layout" in done.report["settings"]["reference"]
-    assert len(done.report["rows"]) == 78
+    assert len(done.report["rows"]) == 82
 
 
 def test_the_factor_of_scaled_rotary_embeddings_is_part_of_the_model(meta, tmp_path):
@@ -283,7 +288,12 @@ def test_types(folder, dtype, attention, tmp_path):
     assert f"attention: {attention}" in done.report["settings"]["ours"]
     assert done.report["settings"]["reference"].startswith(f"{dtype}, transformers")
     assert {row["mode"] for row in done.report["rows"]} == {"isolated"}
-    assert [row["way"] for row in done.report["logits"]] == ["one piece", "chunks of 1", "token by token"]
+    assert [row["way"] for row in done.report["logits"]] == [
+        "one piece",
+        "chunks of 1",
+        "token by token",
+        "half, then tokens",
+    ]
 
 
 def test_a_conversion_is_equal_bit_for_bit(folder, tmp_path):
@@ -622,7 +632,7 @@ def test_an_error_at_the_end_does_not_lose_the_report(folder, tmp_path, monkeypa
             f"--checkpoint={folder}", MESH, "--mode=isolated", f"--json={tmp_path / 'report.json'}", *SHORT
         )
     assert "No space left" in message
-    assert "PASS: 43 components compared" in out.getvalue()
+    assert "PASS: 47 components compared" in out.getvalue()
 
 
 def test_pytorch_alone_leaves_the_accelerator_to_pytorch(folder, tmp_path, monkeypatch):

@@ -57,12 +57,12 @@ def test_every_component_is_within_the_contract(checkpoints, name, dtype, mesh_s
     n_components = 1 + 16 * llm.config.n_layers + 2
     isolated = [row for row in report.rows if row.mode == ISOLATED]
     assert len([row for row in report.rows if row.mode == CUMULATIVE]) == n_components
-    assert len(isolated) == n_components + 4 * llm.config.n_layers
+    assert len(isolated) == n_components + 6 * llm.config.n_layers
     # Whatever the mesh and the type: all but sums over the mesh's shards have a bound that is judged.
     assert all(row.bound is not None for row in isolated if row.component != "layer")
     if dtype == "float64":
         assert all(row.difference.relative <= 1e-10 for row in report.rows)
     assert {row.component for row in isolated if row.difference.bit_equal < 1}.isdisjoint(ALWAYS_EQUAL)
-    ways = ["one piece", "chunks of 5", "token by token"] if is_whole(name, mesh_shape) else []
+    ways = ["one piece", "chunks of 5", "token by token", "half, then tokens"] if is_whole(name, mesh_shape) else []
     assert [row.way for row in report.logits] == ways
     assert len(report.greedy) == (3 if ways else 0)

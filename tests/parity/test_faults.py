@@ -11,6 +11,8 @@ from hf_reference import LLAMA3_ROPE, make_model, save
 import sharded_llama as sl
 from sharded_llama import kv_cache, model
 from sharded_llama.attention import reference as attention
+from sharded_llama.errors import ParityError
+from sharded_llama.parity import capture
 from sharded_llama.parity.compare import compare
 from sharded_llama.parity.results import CUMULATIVE, ISOLATED
 from sharded_llama.parity.torch_reference import TorchReference
@@ -97,6 +99,30 @@ def shifted_cache_position(llm, monkeypatch):
     return llm
 
 
+def one_position_for_all_rows(llm, monkeypatch):
+    """Every row is written where the first one is: right as long as all rows are at the same position."""
+    write = kv_cache._write
+
+    def wrong(cache, new, pos, first_row):
+        return write(cache, new, None if pos is None else jnp.broadcast_to(pos[0], pos.shape), first_row)
+
+    monkeypatch.setattr(kv_cache, "_write", wrong)
+    return llm
+
+
+def rotary_of_the_next_position(llm, monkeypatch):
+    """Rotary embeddings off by one with the cache: attention sees differences of positions, and only those."""
+    angles = model.rotary_positions
+
+    def shifted(config, shape, cur_pos_B):
+        positions, cos, sin = angles(config, shape, None if cur_pos_B is None else cur_pos_B + 1)
+        return positions if cur_pos_B is None else positions - 1, cos, sin
+
+    for module in (model, capture):
+        monkeypatch.setattr(module, "rotary_positions", shifted)
+    return llm
+
+
 def mask_off_by_one(llm, monkeypatch):
     scores = attention._masked_scores
     monkeypatch.setattr(attention, "_masked_scores", lambda q, k, q_pos, first_key: scores(q, k, q_pos + 1, first_key))
@@ -139,13 +165,16 @@ def untied_output(llm, monkeypatch):
     return sl.LLM(llm.config, llm.mesh, llm.weights._replace(output=None))
 
 
+ROTATED = {"q_rotated", "k_rotated", "cached_q_rotated", "cached_k_rotated"}
 ATTENTION = {"attn_weights", "attn", "cached_attn"}
 # Fault -> (mesh, the component that must be named, all isolated components that may leave their bounds).
 FAULTS = {
     wrong_eps: ((1, 2), "attention_norm", {"attention_norm", "ffn_norm", "norm", "layer"}),
     transposed_wo: ((1, 2), "attn_wo", {"attn_wo", "layer"}),
-    interleaved_rotary: ((1, 2), "q_rotated", {"q_rotated", "k_rotated", "layer"}),
-    no_rope_scaling: ((1, 2), "q_rotated", {"q_rotated", "k_rotated", "layer"}),
+    interleaved_rotary: ((1, 2), "q_rotated", {*ROTATED, "layer"}),
+    no_rope_scaling: ((1, 2), "q_rotated", {*ROTATED, "layer"}),
+    rotary_of_the_next_position: ((1, 2), "cached_q_rotated", {"cached_q_rotated", "cached_k_rotated"}),
+    one_position_for_all_rows: ((1, 1), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
     swapped_gate_and_up: ((1, 2), "gate", {"gate", "up", "layer"}),
     shifted_cache_position: ((1, 2), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
     mask_off_by_one: ((1, 2), "attn_weights", {*ATTENTION, "layer"}),
@@ -166,7 +195,7 @@ def test_the_broken_component_is_named(fault, checkpoint, reference, monkeypatch
     failed = {row.component for row in report.rows if row.mode == ISOLATED and not row.passed}
     assert failed == may_fail
     assert any(not row.passed for row in report.logits)
-    if component != "k_cache":  # what only shows through the cache leaves the prompt itself right
+    if "cache" not in component:  # what only shows through the cache leaves the prompt itself right
         assert not [row for row in report.rows if row.mode == CUMULATIVE][-1].passed
 
 
@@ -192,6 +221,44 @@ def test_without_a_fault_nothing_is_named(checkpoint, reference):
     report = compare(load(checkpoint, (1, 8)), reference, TOKENS, chunk=5, new_tokens=4)
     assert report.passed, report.first_failure
     assert report.first_failure is None
+
+
+def test_a_replica_without_a_row_of_its_own_is_compared(checkpoint, reference):
+    """One row on four replicas: the others repeat it. w2 is wrong on the last one alone."""
+    llm = load(checkpoint, (4, 1))
+
+    def broken_on_the_last(w2):
+        shards = [np.array(shard.data) for shard in w2.addressable_shards]
+        shards[-1][:] *= 1.5
+        arrays = [jax.device_put(x, s.device) for x, s in zip(shards, w2.addressable_shards, strict=True)]
+        return jax.make_array_from_single_device_arrays(w2.shape, w2.sharding, arrays)
+
+    layers = tuple(layer._replace(w2=broken_on_the_last(layer.w2)) for layer in llm.weights.layers)
+    broken = sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=layers))
+    report = compare(broken, reference, TOKENS[:1], chunk=5, components_only=True)
+    assert (report.first_failure.component, report.first_failure.difference.worst.position[0]) == ("down", 0)
+
+
+def test_padding_of_the_vocabulary_that_could_be_sampled(checkpoint, reference, monkeypatch):
+    real = capture.head
+    monkeypatch.setattr(capture, "head", lambda *args: jnp.nan_to_num(real(*args), neginf=-1e3))
+    with pytest.raises(ParityError, match="padding of the vocabulary, from 97 on"):
+        compare(load(checkpoint, (1, 2)), reference, TOKENS, components_only=True)
+
+
+def test_a_reference_of_another_depth_or_width(checkpoint, reference, tmp_path):
+    llm = load(checkpoint)
+    for changes, message in (
+        ({"num_hidden_layers": 1}, "gives head where layers.1 should come"),
+        ({"num_hidden_layers": 3}, "gives layers.2 where head should come"),
+        ({"intermediate_size": 90}, r"gives gate of layers.0 in shape \(2, 13, 90\); this model's is \(2, 13, 92\)"),
+    ):
+        folder = save(make_model("grouped", **{**FIELDS, "rope_parameters": LLAMA3_ROPE, **changes}), tmp_path)
+        other = TorchReference(open_transformers(folder, "float32"))
+        with pytest.raises(ParityError, match=message):
+            compare(llm, other, TOKENS, components_only=True)
+    with pytest.raises(ParityError, match="must be some of isolated, cumulative"):
+        compare(llm, reference, TOKENS, modes=["isolate"])
 
 
 def test_values_that_are_not_finite_fail(checkpoint, reference):

@@ -25,20 +25,23 @@ def logits(*probabilities: float) -> np.ndarray:
 
 class TestDistance:
     def test_norm_of_the_difference_over_norm_of_the_reference(self):
-        assert distance(array([6, 12]), array([3, 4])) == math.hypot(3, 8) / 5
+        assert distance(array([6, 12]), array([3, 4])) == pytest.approx(math.hypot(3, 8) / 5)
         assert distance(array([[3], [4]]), array([[6], [12]])) == pytest.approx(math.hypot(3, 8) / math.hypot(6, 12))
 
     def test_is_taken_in_float64(self):
         """1 + 2^-30 is 1 in float32, and 300 squared is beyond float16."""
         assert distance(array([1 + 2**-30], np.float64), array([1])) == 2**-30
-        assert distance(array([300, 0], np.float16), array([300, 3], np.float16)) == 3 / math.hypot(300, 3)
+        close = distance(array([300, 0], np.float16), array([300, 3], np.float16))
+        assert close == pytest.approx(3 / math.hypot(300, 3), rel=1e-12)
 
     def test_a_reference_of_zeros(self):
         assert distance(array([0, -0.0]), array([0, 0])) == 0
         assert distance(array([0, 1e-30]), array([0, 0])) == INF
 
     @not_finite
-    @pytest.mark.parametrize(("ours", "theirs"), [(NAN, 1), (1, NAN), (NAN, NAN), (1, INF), (INF, INF), (-INF, INF)])
+    @pytest.mark.parametrize(
+        ("ours", "theirs"), [(NAN, 1), (1, NAN), (NAN, NAN), (INF, 1), (1, INF), (INF, INF), (-INF, INF)]
+    )
     def test_values_that_are_not_finite(self, ours, theirs):
         assert math.isnan(distance(array([ours, 1]), array([theirs, 1])))
 
@@ -70,6 +73,29 @@ class TestMeasure:
         ours[0, 0, 4, 0] = 7
         assert measure(ours, theirs, copies=3).worst == Worst((0, 0, 1, 0), 7, 2)
         assert measure(ours, theirs).worst == Worst((0, 0, 4, 0), 7, 2)
+
+    def test_rows_that_repeat_the_first_one_are_called_so(self):
+        theirs = array([[1, 2], [3, 4], [1, 2], [1, 2]])
+        ours = theirs.copy()
+        ours[3, 1] = 9
+        assert measure(ours, theirs, rows=2).worst == Worst((0, 1), 9, 2)
+        ours[1, 0] = -9
+        assert measure(ours, theirs, rows=2).worst == Worst((1, 0), -9, 3)
+
+    @pytest.mark.parametrize("chunk", [1, 4, 5, 24, 99])
+    def test_large_arrays_are_measured_in_parts(self, chunk, monkeypatch):
+        monkeypatch.setattr("sharded_llama.parity.measure.CHUNK", chunk)
+        theirs = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+        ours = theirs.copy()
+        ours[0, 0, 1] += 3
+        ours[0, 2, 1] -= 4
+        ours[1, 2, 3] += 4  # the second of two largest differences
+        difference = measure(ours, theirs)
+        assert difference.worst == Worst((0, 2, 1), 5, 9)
+        assert difference.relative == pytest.approx(math.sqrt(9 + 16 + 16) / math.sqrt(sum(i * i for i in range(24))))
+        ours[1, 0, 0] = NAN
+        ours[1, 0, 1] = NAN
+        assert measure(ours, theirs).worst.position == (1, 0, 0)
 
     def test_no_values_are_equal(self):
         assert measure(array([]).reshape(0, 3), array([]).reshape(0, 3)) == (0, 0, 1, None)
