@@ -65,13 +65,17 @@ class Capture:
         `weights=False` leaves out attn_weights, which grow with the square of the length.
         """
         fed = {name: self._feed(name, x) for name, x in (fed or {}).items() if name != "attn_weights"}
-        out = _layer(self.llm.weights.layers[layer], self._put("hidden", h_BLD), fed, weights=weights, **self._static)
+        out = self._run_layer(layer, h_BLD, fed, weights)
         width = self.llm.config.ffn_dim
         return {
             name: fetch(out[name])[..., : width if axes[-1] == "F" else None]
             for name, axes in LAYER_AXES.items()
             if name in out
         }
+
+    def layer_output(self, layer: int, h_BLD: np.ndarray, *, weights: bool = True) -> np.ndarray:
+        """The output (B', L, D) of a whole layer, from the program that `layer` runs without anything fed."""
+        return fetch(self._run_layer(layer, h_BLD, {}, weights)["ffn_residual"])
 
     def cached_layer(self, layer: int, h_BLD: np.ndarray, fed: Mapping[str, np.ndarray], chunk: int) -> Arrays:
         """Rotation and attention of a prompt that goes through the KV cache, each fed the given values.
@@ -109,6 +113,12 @@ class Capture:
         h = self._put("hidden", h_BLD)
         out = _head(h, weights.norm, output, fed, config=self.llm.config, mesh=self.llm.mesh)
         return {"norm": fetch(out["norm"]), "logits": without_padding(fetch(out["logits"]), self.llm.config.vocab_size)}
+
+    def _run_layer(
+        self, layer: int, h_BLD: np.ndarray, fed: dict[str, jax.Array], weights: bool
+    ) -> dict[str, jax.Array]:
+        w, h = self.llm.weights.layers[layer], self._put("hidden", h_BLD)
+        return _layer(w, h, fed, weights=weights, **self._static)
 
     def _put(self, layout: str, x: np.ndarray) -> jax.Array:
         if layout != "tokens":  # the reference may be of another type

@@ -63,8 +63,9 @@ def compare(
         raise ParityError(f"modes={list(modes)!r} must be some of {', '.join(MODES)}.")
     if chunk < 1:
         raise ParityError(f"chunk={chunk} must be at least 1.")
+    chunk = min(chunk, tokens_BL.shape[1])
     rows: list[Row] = []
-    run = _Run(llm, min(chunk, tokens_BL.shape[1]), expect)
+    run = _Run(llm, chunk, expect)
     names = [EMBEDDING, *map(layer_stage, range(llm.config.n_layers)), HEAD]
     stages = reference.stages(tokens_BL)
     with tqdm(total=len(names), desc="comparing", unit="stage", leave=False, disable=None) as bar:
@@ -88,9 +89,8 @@ def compare(
 def _check_stage(stage: Stage | None, name: str, config: LlamaConfig, tokens_shape: tuple[int, int]) -> None:
     """Raises ParityError unless the reference gives stage `name` of a model of these sizes, completely."""
     if stage is None or stage.name != name:
-        raise ParityError(
-            f"the reference {'ends' if stage is None else 'gives ' + stage.name} where {name} should come."
-        )
+        given = "ends" if stage is None else f"gives {stage.name}"
+        raise ParityError(f"the reference {given} where {name} should come.")
     for component, shape in component_shapes(name, config, tokens_shape).items():
         if component not in stage.values and component != "attn_weights":
             raise ParityError(f"the reference does not give {component} of {name}.")
@@ -137,7 +137,7 @@ class _Run:
             self.own = ours["ffn_residual"][: len(tokens_BL)]
             return ours
         ours = self.capture.layer(self.layer, self.theirs, stage.values, weights=weights)
-        ours[WHOLE_LAYER] = self.capture.layer(self.layer, self.theirs, weights=False)["ffn_residual"]
+        ours[WHOLE_LAYER] = self.capture.layer_output(self.layer, self.theirs, weights=weights)
         return ours | self.capture.cached_layer(self.layer, self.theirs, stage.values, self.chunk)
 
     def _row(self, mode: str, stage: Stage, name: str, ours: np.ndarray) -> Row:

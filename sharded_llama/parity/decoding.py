@@ -43,7 +43,7 @@ def compare_logits(
     }
     rows = []
     for way, (prefill, pieces) in ways.items():
-        ours = logits_through_cache(llm, tokens_BL, prefill, pieces)
+        ours = logits_through_cache(llm, tokens_BL, prefill, pieces, cache_length=length + chunk)
         judged, bound = judge(
             CUMULATIVE,
             "logits",
@@ -65,16 +65,17 @@ def compare_logits(
     return tuple(rows)
 
 
-def logits_through_cache(llm: LLM, tokens_BL: np.ndarray, prefill: int, pieces: Sequence[Piece]) -> np.ndarray:
+def logits_through_cache(
+    llm: LLM, tokens_BL: np.ndarray, prefill: int, pieces: Sequence[Piece], *, cache_length: int
+) -> np.ndarray:
     """Logits (B, L, V) of every position; B divides over the mesh.
 
     The first `prefill` tokens run in one piece, as prompts do: they attend to themselves and only write the cache. The
-    pieces that follow attend to the cache.
+    pieces that follow attend to the cache, which must have room for the padding of the last chunk.
     """
     (batch, length), config = tokens_BL.shape, llm.config
     step = functools.partial(_step, config=config, mesh=llm.mesh, backend=llm.steps.backend)
-    longest = max((piece.positions_BL.shape[1] for piece in pieces), default=1)
-    caches = KVCache.new(config, llm.mesh, batch, length + longest)  # a chunk at the end is padded
+    caches = KVCache.new(config, llm.mesh, batch, cache_length)
     logits = np.zeros((batch, length, config.vocab_size), np.promote_types(config.jnp_dtype, np.float32))
 
     def run(tokens: np.ndarray, starts_B: np.ndarray | None, caches: tuple[KVCache, ...]) -> tuple:

@@ -49,7 +49,7 @@ class EngineReference:
         """See `Reference.greedy`."""
         tokens_BN = greedy_tokens(self.llm, tokens_BL, new_tokens)
         whole = repeat_rows(np.concatenate([tokens_BL, tokens_BN[:, :-1]], axis=1), self.llm)
-        logits = logits_through_cache(self.llm, whole, whole.shape[1], [])
+        logits = logits_through_cache(self.llm, whole, whole.shape[1], [], cache_length=whole.shape[1])
         logits = logits[: len(tokens_BL), tokens_BL.shape[1] - 1 :]
         second, first = np.moveaxis(np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:], -1, 0)
         return Greedy(tokens_BN, first - second)

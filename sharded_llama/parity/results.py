@@ -83,7 +83,7 @@ class GreedyRow:
 
     @property
     def passed(self) -> bool:
-        return self.first_difference is None or self.noise is None or self.margin <= self.noise
+        return self.first_difference is None or self.noise is None or self.margin <= self.noise < math.inf
 
 
 @dataclass(frozen=True)
