@@ -39,7 +39,7 @@ def compare_logits(
         "one piece": (length, []),
         f"chunks of {chunk}": (0, pieces_of(batch, length, chunk, n_single=0)),
         "token by token": (0, pieces_of(batch, length, 1, n_single=length)),
-        "half, then tokens": (half, pieces_of(batch, length, 1, n_single=length, start=half)),  # as it is served
+        "prefill + decode": (half, pieces_of(batch, length, 1, n_single=length, start=half)),  # as it is served
     }
     rows = []
     for way, (prefill, pieces) in ways.items():

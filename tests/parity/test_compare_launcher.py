@@ -244,7 +244,7 @@ def test_a_meta_folder_in_two_files(meta, tmp_path):
         "one piece",
         "chunks of 2",
         "token by token",
-        "half, then tokens",
+        "prefill + decode",
     ]
     assert done.report["settings"]["checkpoint"] == f"{meta} (Meta)"
     assert "a plain model in Meta's layout" in done.report["settings"]["reference"]
@@ -292,7 +292,7 @@ def test_types(folder, dtype, attention, tmp_path):
         "one piece",
         "chunks of 1",
         "token by token",
-        "half, then tokens",
+        "prefill + decode",
     ]
 
 

@@ -63,6 +63,6 @@ def test_every_component_is_within_the_contract(checkpoints, name, dtype, mesh_s
     if dtype == "float64":
         assert all(row.difference.relative <= 1e-10 for row in report.rows)
     assert {row.component for row in isolated if row.difference.bit_equal < 1}.isdisjoint(ALWAYS_EQUAL)
-    ways = ["one piece", "chunks of 5", "token by token", "half, then tokens"] if is_whole(name, mesh_shape) else []
+    ways = ["one piece", "chunks of 5", "token by token", "prefill + decode"] if is_whole(name, mesh_shape) else []
     assert [row.way for row in report.logits] == ways
     assert len(report.greedy) == (3 if ways else 0)
