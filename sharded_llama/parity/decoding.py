@@ -119,11 +119,22 @@ def compare_greedy(
     noise = _greedy_noise(llm.config.dtype, head, expect)
     rows = []
     for row, (mine, other, margins) in enumerate(zip(ours_BN, theirs.tokens_BN, theirs.margins_BN, strict=True)):
-        step = next(iter(np.flatnonzero(mine != other)), None)
-        at = () if step is None else (int(mine[step]), int(other[step]), float(margins[step]))
-        first = None if step is None else int(step)
-        rows.append(GreedyRow(row, new_tokens, first, *(at or (None, None, None)), noise))
+        differences = np.flatnonzero(mine != other)
+        if not differences.size:
+            rows.append(GreedyRow(row, new_tokens, None, None, None, None, noise))
+            continue
+        step = int(differences[0])
+        own_V = last_logits(llm, np.concatenate([tokens_BL[row], other[:step]]))
+        own_margin = float(own_V[mine[step]]) - float(own_V[other[step]])
+        at = step, int(mine[step]), int(other[step]), float(margins[step])
+        rows.append(GreedyRow(row, new_tokens, *at, noise, own_margin))
     return tuple(rows)
+
+
+def last_logits(llm: LLM, tokens_L: np.ndarray) -> np.ndarray:
+    """The engine's logits (V,) after one sequence of tokens."""
+    tokens_BL = repeat_rows(tokens_L[None], llm)
+    return logits_through_cache(llm, tokens_BL, tokens_BL.shape[1], [], cache_length=tokens_BL.shape[1])[0, -1]
 
 
 def greedy_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> np.ndarray:

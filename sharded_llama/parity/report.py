@@ -171,6 +171,7 @@ def _greedy(rows: Sequence[GreedyRow]) -> list[str]:
             "ours": str(row.ours),
             "reference": str(row.theirs),
             "margin": _number(row.margin),
+            "our margin": _number(row.own_margin),
             "noise": _number(row.noise),
             "verdict": "-" if row.noise is None else "ok (undecided: margin within noise)" if row.passed else "FAIL",
         }
@@ -201,9 +202,10 @@ def _verdict(report: Report) -> list[str]:
 def _describe(row: Row | LogitsRow | GreedyRow) -> str:
     """What is wrong with a row that did not pass."""
     if isinstance(row, GreedyRow):
+        margins = f"Its margin is {_number(row.margin)}, ours {_number(row.own_margin)}"
         return (
             f"greedy, row {row.row}, step {row.first_difference}: ours is token {row.ours}, the reference's "
-            f"{row.theirs}, by a margin of {_number(row.margin)}, which is beyond its noise of {_number(row.noise)}."
+            f"{row.theirs}. {margins}: beyond the noise of {_number(row.noise)}."
         )
     if isinstance(row, Row):
         place, axes = f"{row.mode}, {row.stage}, {row.component}", row.axes

@@ -79,11 +79,15 @@ class GreedyRow:
     ours: int | None  # token ids at that step
     theirs: int | None
     margin: float | None  # the reference's there
-    noise: float | None  # a margin below this is undecided; None: no bound
+    noise: float | None  # margins below this are undecided; None: no bound
+    own_margin: float = 0.0  # there, the engine's logit of its token less that of the reference's
 
     @property
     def passed(self) -> bool:
-        return self.first_difference is None or self.noise is None or self.margin <= self.noise < math.inf
+        """The reference must be undecided between its two best tokens, and the engine between its own and theirs."""
+        if self.first_difference is None or self.noise is None:
+            return True
+        return max(self.margin, self.own_margin) <= self.noise < math.inf
 
 
 @dataclass(frozen=True)

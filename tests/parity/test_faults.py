@@ -14,6 +14,7 @@ from sharded_llama.attention import reference as attention
 from sharded_llama.errors import ParityError
 from sharded_llama.parity import capture
 from sharded_llama.parity.compare import compare
+from sharded_llama.parity.components import Greedy
 from sharded_llama.parity.results import CUMULATIVE, ISOLATED
 from sharded_llama.parity.torch_reference import TorchReference
 from sharded_llama.parity.transformers_model import open_transformers
@@ -237,6 +238,23 @@ def test_a_replica_without_a_row_of_its_own_is_compared(checkpoint, reference):
     broken = sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=layers))
     report = compare(broken, reference, TOKENS[:1], chunk=5, components_only=True)
     assert (report.first_failure.component, report.first_failure.difference.worst.position[0]) == ("down", 0)
+
+
+def test_a_token_that_the_engine_prefers_by_more_than_noise(checkpoint, reference):
+    """A reference whose two best tokens tie, neither of them ours: the engine's own preference shows it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Tied(TorchReference):
+        def greedy(self, tokens_BL, new_tokens):
+            tokens_BN = super().greedy(tokens_BL, new_tokens).tokens_BN.copy()
+            tokens_BN[1, 2] = (tokens_BN[1, 2] + 1) % 97
+            return Greedy(tokens_BN, np.zeros(tokens_BN.shape))
+
+    report = compare(load(checkpoint), Tied(reference.model), TOKENS, modes=[CUMULATIVE], new_tokens=4)
+    row = report.first_failure
+    assert (row.row, row.first_difference, row.margin) == (1, 2, 0)
+    assert row.own_margin > 1e3 * row.noise
+    assert [greedy.passed for greedy in report.greedy] == [True, False]
 
 
 def test_padding_of_the_vocabulary_that_could_be_sampled(checkpoint, reference, monkeypatch):

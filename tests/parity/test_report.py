@@ -331,15 +331,15 @@ def test_greedy_rows():
     assert "1 of 3 rows are equal" in text
     lines = [line.split() for line in text[text.index("Greedy") :].split("\n")[2:4]]
     assert lines == [
-        ["1", "5", "17", "42", "1.00e-04", "1.00e-03", "ok", "(undecided:", "margin", "within", "noise)"],
-        ["2", "0", "18", "43", "2.00e-04", "-"],
+        ["1", "5", "17", "42", "1.00e-04", "0", "1.00e-03", "ok", "(undecided:", "margin", "within", "noise)"],
+        ["2", "0", "18", "43", "2.00e-04", "0", "-"],
     ]
     assert last_lines(text).startswith("PASS")
     text = to_text(report(1, greedy=(equal, undecided, wrong)))
     assert cells(text, "Greedy", "3 ")["verdict"] == "FAIL"
     assert last_lines(text).startswith(
-        "FAIL: greedy, row 3, step 9: ours is token 19, the reference's 44, by a margin of 5.00e-01, which is beyond "
-        "its noise of 1.00e-03. Failed: "
+        "FAIL: greedy, row 3, step 9: ours is token 19, the reference's 44. Its margin is 5.00e-01, ours 0: beyond the "
+        "noise of 1.00e-03. Failed: "
     )
 
 
@@ -442,6 +442,7 @@ def test_json_has_every_number():
             "theirs": 3,
             "margin": 0.25,
             "noise": None,
+            "own_margin": 0.0,
             "passed": True,
         }
     ]
