@@ -6,8 +6,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Lets fuzz tests run longer than in the ordinary suite."""
+    """Lets tests run longer than in the ordinary suite."""
     parser.addoption("--fuzz", type=int, default=500, help="examples of each fuzz test (default: 500)")
+    parser.addoption("--exhaustive", action="store_true", help="every family in every type on every mesh")
 
 
 def pytest_configure(config: pytest.Config) -> None:
