@@ -29,6 +29,10 @@ class RequestError(ShardedLlamaError, ValueError):
     """A generation request whose prompt or sampling parameters are not acceptable."""
 
 
+class EngineError(ShardedLlamaError, RuntimeError):
+    """An engine that cannot go on: a step failed, or it was shut down."""
+
+
 class TrainingError(ShardedLlamaError, ValueError):
     """Training settings that cannot work."""
 

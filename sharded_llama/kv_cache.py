@@ -1,81 +1,120 @@
-"""The key/value cache of one layer, sharded over the batch and the kv heads, updated in place when donated."""
+"""The paged key/value cache of one layer: pages of P positions, sharded over `data` and the kv heads.
+
+A sequence's position s stands at place s % P of the page that its block table names at s // P. Each data shard has a
+pool of its own, and block tables hold the page's number within it. Written in place when donated.
+"""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from .config import LlamaConfig
-from .errors import MeshError
+from .errors import ConfigError
+from .layers import accumulator
 from .sharding import DATA, MODEL, kv_head_layout, named_sharding
 
+PAGE_SIZE = 16  # positions; what is cached and shared between sequences is whole pages
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer: (B, S, G', K), position s of row b at [b, s]."""
+# Types of the cache by name; "auto" is the model's own.
+KV_DTYPES = ("auto", "bfloat16", "float32", "float8_e4m3fn", "int8")
+EIGHT_BIT = {"float8_e4m3fn": 448.0, "int8": 127.0}  # largest value that is stored; a scale brings each head to it
 
-    k_BSGK: jax.Array
-    v_BSGK: jax.Array
+
+class KVPages(NamedTuple):
+    """Keys and values of one layer. kv head g has its key at 2g and its value at 2g+1 of the heads' axis."""
+
+    kv_NPGK: jax.Array  # (N, P, 2G', K)
+    scale_NPG: jax.Array | None = None  # float32 (N, P, 2G') of an 8-bit cache: what the stored values are times
 
     @classmethod
-    def abstract(cls, config: LlamaConfig, mesh: Mesh, batch: int, length: int) -> tuple["KVCache", ...]:
+    def abstract(
+        cls, config: LlamaConfig, mesh: Mesh, n_pages: int, kv_dtype: str = "auto", page_size: int = PAGE_SIZE
+    ) -> tuple["KVPages", ...]:
         """The shapes and shardings of `new`, without memory."""
-        if batch % mesh.shape[DATA]:
-            raise MeshError(f"a cache of {batch} rows does not divide over data={mesh.shape[DATA]}.")
         n_kv_heads, _ = kv_head_layout(config, mesh.shape[MODEL])
-        array = jax.ShapeDtypeStruct(
-            (batch, length, n_kv_heads, config.head_dim), config.jnp_dtype, sharding=named_sharding(mesh, "kv_cache")
-        )
-        return (cls(array, array),) * config.n_layers
+        shape = (mesh.shape[DATA] * n_pages, page_size, 2 * n_kv_heads, config.head_dim)
+        dtype = cache_dtype(config, kv_dtype)
+        sharding = named_sharding(mesh, "kv_pages")
+        kv = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        scale = jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding) if dtype.name in EIGHT_BIT else None
+        return (cls(kv, scale),) * config.n_layers
 
     @classmethod
-    def new(cls, config: LlamaConfig, mesh: Mesh, batch: int, length: int) -> tuple["KVCache", ...]:
-        """One empty cache per layer, each made directly in its shards."""
-        return _zeros(config, mesh, batch, length)
+    def new(
+        cls, config: LlamaConfig, mesh: Mesh, n_pages: int, kv_dtype: str = "auto", page_size: int = PAGE_SIZE
+    ) -> tuple["KVPages", ...]:
+        """Empty pages for every layer, `n_pages` on each data shard, each made directly in its shards."""
+        return _zeros(config, mesh, n_pages, kv_dtype, page_size)
 
-    def update(
-        self,
-        k_BLGK: jax.Array,
-        v_BLGK: jax.Array,
-        cur_pos_B: jax.Array | None,
-        first_row: jax.Array | int = 0,
-    ) -> "KVCache":
-        """Writes L new tokens per row at positions cur_pos.. and returns the cache (in place when donated).
+    def write(self, k_TGK: jax.Array, v_TGK: jax.Array, at_T: jax.Array) -> "KVPages":
+        """Writes one token each at place `at_T` = page * P + place within the page; places beyond the pool are dropped.
 
-        `cur_pos_B=None` means position 0 in every row; the rows then start at row `first_row` of the cache, which
-        may have more of them. Padding of a prompt may be written: it lies behind the row's last token, where
-        nothing looks before a later token replaces it. Positions past the end of the cache are not written.
+        No two tokens may have the same place. An 8-bit cache stores each head of each token with a scale of its own
+        (largest absolute value over the type's), which is written once and never changes.
         """
-        return KVCache(
-            _write(self.k_BSGK, k_BLGK, cur_pos_B, first_row), _write(self.v_BSGK, v_BLGK, cur_pos_B, first_row)
-        )
+        kv_TGK = jnp.stack([k_TGK, v_TGK], axis=-2).reshape(k_TGK.shape[0], -1, k_TGK.shape[-1])
+        dtype = self.kv_NPGK.dtype
+        if self.scale_NPG is None:
+            return KVPages(_put(self.kv_NPGK, kv_TGK.astype(dtype), at_T))
+        largest = EIGHT_BIT[dtype.name]
+        kv_TGK = kv_TGK.astype(accumulator(kv_TGK.dtype))
+        scale_TG = jnp.maximum(jnp.max(jnp.abs(kv_TGK), axis=-1), jnp.finfo(jnp.float32).tiny) / largest
+        kv_TGK = kv_TGK / scale_TG[..., None]
+        if dtype == jnp.int8:
+            kv_TGK = jnp.round(kv_TGK)
+        kv_TGK = jnp.clip(kv_TGK, -largest, largest).astype(dtype)
+        return KVPages(_put(self.kv_NPGK, kv_TGK, at_T), _put(self.scale_NPG, scale_TG.astype(jnp.float32), at_T))
+
+    def read(self, pages: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Keys and values (.., P, G', K) of pages (..), in `dtype`; numbers beyond the pool read some page."""
+        kv = self.kv_NPGK.at[pages].get(mode="clip")
+        if self.scale_NPG is None:
+            kv = kv.astype(dtype)
+        else:
+            scale = self.scale_NPG.at[pages].get(mode="clip")
+            kv = (kv.astype(jnp.float32) * scale[..., None]).astype(dtype)
+        return kv[..., 0::2, :], kv[..., 1::2, :]
+
+    def copy(self, source_C: jax.Array, target_C: jax.Array) -> "KVPages":
+        """Copies whole pages; targets beyond the pool are dropped."""
+
+        def copied(x: jax.Array) -> jax.Array:
+            return x.at[target_C].set(x.at[source_C].get(mode="clip"), mode="drop")
+
+        return jax.tree.map(copied, self)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _zeros(config: LlamaConfig, mesh: Mesh, batch: int, length: int) -> tuple[KVCache, ...]:
-    """Jitted, so that no device ever holds more than its shards; compiled once for each size."""
-    return jax.tree.map(
-        lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding),
-        KVCache.abstract(config, mesh, batch, length),
+def _put(pages: jax.Array, new: jax.Array, at_T: jax.Array) -> jax.Array:
+    flat = pages.reshape(-1, *pages.shape[2:])
+    # Places beyond the pool are all made different, so that the indices are unique as promised.
+    beyond_T = flat.shape[0] + jnp.arange(at_T.shape[0], dtype=at_T.dtype)
+    at_T = jnp.where(at_T < flat.shape[0], at_T, beyond_T)
+    return flat.at[at_T].set(new, mode="drop", unique_indices=True).reshape(pages.shape)
+
+
+def cache_dtype(config: LlamaConfig, kv_dtype: str) -> jnp.dtype:
+    """The type that a cache of this name stores. Raises ConfigError for an unknown name."""
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_cache_dtype={kv_dtype!r} is not one of {', '.join(KV_DTYPES)}.")
+    return config.jnp_dtype if kv_dtype == "auto" else jnp.dtype(kv_dtype)
+
+
+def page_bytes(config: LlamaConfig, mesh: Mesh, kv_dtype: str, page_size: int = PAGE_SIZE) -> int:
+    """Bytes of one page in all layers on one device."""
+    of_layer = KVPages.abstract(config, mesh, 1, kv_dtype, page_size)[0]
+    return config.n_layers * sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(of_layer)
     )
 
 
-def _write(
-    cache_BSGK: jax.Array, new_BLGK: jax.Array, cur_pos_B: jax.Array | None, first_row: jax.Array | int
-) -> jax.Array:
-    rows, length = new_BLGK.shape[:2]
-    if cur_pos_B is None:
-        if length > cache_BSGK.shape[1]:
-            raise ValueError(f"{length} tokens do not fit a cache of {cache_BSGK.shape[1]} positions")
-        zero = jnp.zeros_like(first_row)  # indices must be of one type, whichever is the default
-        return jax.lax.dynamic_update_slice(cache_BSGK, new_BLGK, (first_row, zero, zero, zero))
-    if length == 1:
-        # The hot path of decoding. The caller keeps positions within the cache, so no bounds are checked.
-        return cache_BSGK.at[jnp.arange(rows), cur_pos_B].set(
-            new_BLGK[:, 0], mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
-        )
-    positions_BL = cur_pos_B[:, None] + jnp.arange(length)
-    return cache_BSGK.at[jnp.arange(rows)[:, None], positions_BL].set(
-        new_BLGK, mode="drop", unique_indices=True, indices_are_sorted=True
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _zeros(config: LlamaConfig, mesh: Mesh, n_pages: int, kv_dtype: str, page_size: int) -> tuple[KVPages, ...]:
+    """Jitted, so that no device ever holds more than its shards; compiled once for each size."""
+    return jax.tree.map(
+        lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding),
+        KVPages.abstract(config, mesh, n_pages, kv_dtype, page_size),
     )

@@ -1,7 +1,8 @@
-"""The forward pass over the mesh. `xfmr` is the one `shard_map`; everything below it is one device's part.
+"""The forward pass over the mesh: `xfmr` for whole sequences, `xfmr_step` over the paged cache.
 
-Each layer communicates twice: one `psum` over `model` after attention and one after the MLP. The embedding adds
-one, because the vocabulary is split too. No weight ever moves.
+Both are one `shard_map` around the same layers; everything below them is one device's part. Each layer communicates
+twice: one `psum` over `model` after attention and one after the MLP. The embedding adds one, because the vocabulary is
+split too. No weight ever moves.
 """
 
 import functools
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .attention import attend, choose_backend
+from .attention import attend, attend_pages, choose_backend
 from .config import LlamaConfig
-from .kv_cache import KVCache
+from .kv_cache import KVPages
 from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
 from .mesh import check_mesh
 from .sharding import DATA, MODEL, SPECS
@@ -27,61 +28,104 @@ class Dropout(NamedTuple):
     key: jax.Array
 
 
+class StepRows(NamedTuple):
+    """What one step runs: R rows of tokens, on each data shard B rows of one token and then C rows of up to Q tokens.
+
+    The tokens of a shard are flat, T = B + C Q: first those of the B rows, then Q for each of the C rows.
+    """
+
+    tokens_T: jax.Array  # int32
+    start_R: jax.Array  # int32, the position of each row's first token
+    length_R: jax.Array  # int32, how many of its tokens are real; 0: the row is not used
+    tables_RW: jax.Array  # int32, the pages of each row's sequence, numbered within the data shard's pool
+
+
+class RowPlaces(NamedTuple):
+    """One device's view of `StepRows` for attention."""
+
+    at_T: jax.Array  # int32, where each token's key and value go in the pages; beyond the pool: nowhere
+    start_R: jax.Array
+    tables_RW: jax.Array
+
+
 def xfmr(
     weights: XfmrWeights,
     config: LlamaConfig,
     tokens_BL: jax.Array,
-    cur_pos_B: jax.Array | None = None,
-    kv_cache: tuple[KVCache, ...] | None = None,
     *,
     mesh: Mesh,
-    logits_at_B: jax.Array | None = None,
-    first_row: jax.Array | int = 0,
     backend: str | None = None,
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
-    """Logits of `tokens_BL`, and the cache with them written into it. Pure; call it under `jax.jit`.
+) -> jax.Array:
+    """Logits of whole sequences, which start at position 0 and keep nothing: training and scoring. Pure; jit it.
 
     Args:
       weights: from `init_weights` or a checkpoint, laid out for `mesh`.
       tokens_BL: int32; B a multiple of the mesh's data size. Rows may be padded on the right.
-      cur_pos_B: int32, the position of each row's first token, which attends to the cache before it. None: all
-        rows start at position 0 and attend to one another's own tokens only, which is the fast way to prefill.
-      kv_cache: one per layer, or None to run without one (training, scoring); then cur_pos_B must be None.
-      logits_at_B: index into L; only this token's logits are computed for each row.
-      first_row: with cur_pos_B=None, the first row of each data shard's cache that is written (the rows after it
-        follow); the batch may be smaller than the cache's.
       backend: attention backend; default: chosen from the model and the mesh's platform.
       dropout: for training.
 
-    Returns:
-      logits (B, L, V'), or (B, V') with logits_at_B: float32 (float64 for a float64 model), V' the vocabulary padded
-      to a multiple of the model size, -inf in the padding; and the updated caches (None without).
+    Returns logits (B, L, V'): float32 (float64 for a float64 model), V' the vocabulary padded to a multiple of the
+    model size, -inf in the padding.
     """
     check_mesh(config, mesh)
-    if kv_cache is None and cur_pos_B is not None:
-        raise ValueError("cur_pos_B needs a kv_cache: without one every row starts at position 0")
     backend = choose_backend(config, mesh.devices.flat[0], backend)
-    optional = {
-        "cur_pos_B": (cur_pos_B, SPECS["tokens"]),
-        "kv_cache": (kv_cache, SPECS["kv_cache"]),
-        "logits_at_B": (logits_at_B, SPECS["tokens"]),
-        "dropout_key": (None if dropout is None else dropout.key, SPECS["replicated"]),
-    }
-    given = {name: array for name, (array, _) in optional.items() if array is not None}
-    # Only arrays pass through shard_map; what is absent stays absent.
-    in_specs = (
-        _weight_pspecs(weights),
-        SPECS["tokens"],
-        SPECS["replicated"],
-        {name: spec for name, (_, spec) in optional.items() if name in given},
-    )
-    logits_spec = SPECS["logits"] if logits_at_B is None else SPECS["last_logits"]
-    out_specs = (logits_spec, None if kv_cache is None else SPECS["kv_cache"])
     run = functools.partial(_forward, config=config, backend=backend, dropout_rate=dropout.rate if dropout else 0.0)
-    # cuDNN's custom call does not say over which axes its result varies, so the check has to be off there.
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
-    return sharded(weights, tokens_BL, jnp.asarray(first_row, jnp.int32), given)
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(_weight_pspecs(weights), SPECS["tokens"], None if dropout is None else SPECS["replicated"]),
+        out_specs=SPECS["logits"],
+        check_vma=_check_vma(backend),
+    )
+    return sharded(weights, tokens_BL, None if dropout is None else dropout.key)
+
+
+def xfmr_step(
+    weights: XfmrWeights,
+    config: LlamaConfig,
+    rows: StepRows,
+    pages: tuple[KVPages, ...],
+    *,
+    mesh: Mesh,
+    n_single: int,
+    backend: str | None = None,
+    all_logits: bool = False,
+) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    """Logits of a step's rows, and the pages with its tokens written into them. Pure; call it under `jax.jit`.
+
+    Every token attends to the pages of its row up to its own position: to what was there, and to the tokens before it
+    in this step, whichever row of it they stand in. So a chunk of a prompt may span several rows, and decoding,
+    chunks of prompts and checking of drafts are the same function of different shapes.
+
+    Args:
+      weights: laid out for `mesh`.
+      rows: global arrays; each data shard has its own part and its own pool.
+      pages: one per layer.
+      n_single: B, the rows of one token on each data shard.
+      backend: attention backend; default: chosen from the model and the mesh's platform.
+      all_logits: give the logits of all tokens, not only of each row's last.
+
+    Returns logits (R, V') of each row's last token, or (T, V'): float32 (float64 for a float64 model), -inf in the
+    padding of the vocabulary; and the updated pages. What comes out for padding and unused rows means nothing.
+    """
+    check_mesh(config, mesh)
+    backend = choose_backend(config, mesh.devices.flat[0], backend)
+    run = functools.partial(_forward_step, config=config, backend=backend, n_single=n_single, all_logits=all_logits)
+    row_specs = StepRows(*[SPECS["tokens"]] * len(StepRows._fields))
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(_weight_pspecs(weights), row_specs, SPECS["kv_pages"]),
+        out_specs=(SPECS["last_logits"], SPECS["kv_pages"]),
+        check_vma=_check_vma(backend),
+    )
+    return sharded(weights, rows, pages)
+
+
+def _check_vma(backend: str) -> bool:
+    """Custom calls do not say over which axes their results vary, so the check has to be off with them."""
+    return backend not in ("gpu", "tpu")
 
 
 LAYER_PSPECS = LayerWeights(
@@ -106,111 +150,143 @@ def _weight_pspecs(weights: XfmrWeights) -> XfmrWeights:
 def _forward(
     weights: XfmrWeights,
     tokens_BL: jax.Array,
-    first_row: jax.Array,
-    given: dict[str, jax.Array | tuple[KVCache, ...]],
+    dropout_key: jax.Array | None,
     *,
     config: LlamaConfig,
     backend: str,
     dropout_rate: float,
-) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
-    """One device's forward pass; the letters mean its local part."""
-    cur_pos_B, caches = given.get("cur_pos_B"), given.get("kv_cache")
-    dropout = Dropout(dropout_rate, given["dropout_key"]) if "dropout_key" in given else None
-    rotary = rotary_positions(config, tokens_BL.shape, cur_pos_B)
-
+) -> jax.Array:
+    """One device's part of `xfmr`; the letters mean its local part."""
+    dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
+    rotary = rope_angles(config, jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape))
     with jax.named_scope("embedding"):
-        h_BLD = embed(weights.tok_embeddings, tokens_BL)
-    h_BLD = _drop(h_BLD, dropout, 0)
-
-    new_caches = []
+        h_BLD = _drop(embed(weights.tok_embeddings, tokens_BL), dropout, 0)
     for i, layer_weights in enumerate(weights.layers):
-        h_BLD, cache = _layer(
+        h_BLD, _ = _layer(
             layer_weights,
             h_BLD,
             rotary,
-            None if caches is None else caches[i],
-            cur_pos_B,
-            first_row,
-            None if dropout is None else dropout.key,
-            jnp.int32(i),
+            dropout_key=dropout_key,
+            layer=jnp.int32(i),
             config=config,
             backend=backend,
             dropout_rate=dropout_rate,
         )
-        new_caches.append(cache)
+    return _logits(weights, h_BLD, config)
 
-    if "logits_at_B" in given:
-        h_BLD = jnp.take_along_axis(h_BLD, given["logits_at_B"][:, None, None], axis=1)[:, 0]
+
+def _forward_step(
+    weights: XfmrWeights,
+    rows: StepRows,
+    pages: tuple[KVPages, ...],
+    *,
+    config: LlamaConfig,
+    backend: str,
+    n_single: int,
+    all_logits: bool,
+) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    """One device's part of `xfmr_step`; the letters mean its local part."""
+    n_pages, page_size = pages[0].kv_NPGK.shape[:2]
+    positions_T, places = row_places(rows, n_single, n_pages, page_size)
+    rotary = rope_angles(config, positions_T)
+    with jax.named_scope("embedding"):
+        h_TD = embed(weights.tok_embeddings, rows.tokens_T)
+    new_pages = []
+    for layer_weights, layer_pages in zip(weights.layers, pages, strict=True):
+        h_TD, layer_pages = _layer(
+            layer_weights, h_TD, rotary, layer_pages, places, config=config, backend=backend, n_single=n_single
+        )
+        new_pages.append(layer_pages)
+    if not all_logits:
+        h_TD = h_TD[_first_tokens(rows, n_single) + jnp.maximum(rows.length_R - 1, 0)]
+    return _logits(weights, h_TD, config), tuple(new_pages)
+
+
+def _logits(weights: XfmrWeights, h: jax.Array, config: LlamaConfig) -> jax.Array:
     with jax.named_scope("logits"):
-        logits = head(h_BLD, weights.norm, weights.tok_embeddings if weights.output is None else weights.output, config)
-    return logits, None if caches is None else tuple(new_caches)
+        return head(h, weights.norm, weights.tok_embeddings if weights.output is None else weights.output, config)
 
 
-def rotary_positions(
-    config: LlamaConfig, shape: tuple[int, int], cur_pos_B: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Positions (B, L) of a step's tokens, and cos and sin (B, L, K/2) of their rotary angles."""
-    positions_BL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    if cur_pos_B is not None:
-        positions_BL = positions_BL + cur_pos_B[:, None]
-    return positions_BL, *rope_angles(config, positions_BL)
+def _first_tokens(rows: StepRows, n_single: int) -> jax.Array:
+    """Index (R,) into T of each row's first token."""
+    n_rows, n_tokens = rows.start_R.shape[0], rows.tokens_T.shape[0]
+    width = (n_tokens - n_single) // max(1, n_rows - n_single)
+    row_R = jnp.arange(n_rows)
+    return jnp.where(row_R < n_single, row_R, n_single + (row_R - n_single) * width)
+
+
+def row_places(rows: StepRows, n_single: int, n_pages: int, page_size: int) -> tuple[jax.Array, RowPlaces]:
+    """Positions (T,) of a step's tokens on one device, and where their keys and values go."""
+    first_R = _first_tokens(rows, n_single)
+    n_rows, n_tokens = first_R.shape[0], rows.tokens_T.shape[0]
+    width = (n_tokens - n_single) // max(1, n_rows - n_single)
+    token_T = jnp.arange(n_tokens)
+    row_T = jnp.where(token_T < n_single, token_T, n_single + (token_T - n_single) // max(1, width))
+    offset_T = token_T - first_R[row_T]
+    positions_T = rows.start_R[row_T] + offset_T
+    # A position beyond the table finds no page, like one whose page the table does not have yet.
+    page_T = rows.tables_RW.at[row_T, positions_T // page_size].get(mode="fill", fill_value=n_pages)
+    real_T = (offset_T < rows.length_R[row_T]) & (page_T < n_pages)
+    at_T = jnp.where(real_T, page_T * page_size + positions_T % page_size, n_pages * page_size)
+    return positions_T, RowPlaces(at_T, rows.start_R, rows.tables_RW)
 
 
 def transformer_layer(
     w: LayerWeights,
-    h_BLD: jax.Array,
-    rotary: tuple[jax.Array, jax.Array, jax.Array],
-    cache: KVCache | None,
-    cur_pos_B: jax.Array | None,
-    first_row: jax.Array | int,
-    dropout_key: jax.Array | None,
-    layer: jax.Array | int,
+    h: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    pages: KVPages | None = None,
+    places: RowPlaces | None = None,
+    dropout_key: jax.Array | None = None,
+    layer: jax.Array | int = 0,
     *,
     config: LlamaConfig,
     backend: str,
+    n_single: int = 0,
     dropout_rate: float = 0.0,
     probe: Probe = unprobed,
-) -> tuple[jax.Array, KVCache | None]:
-    """One device's part of a layer: h (B, L, D) to h (B, L, D), and the updated cache.
+) -> tuple[jax.Array, KVPages | None]:
+    """One device's part of a layer: h (.., D) to h (.., D), and the updated pages.
 
-    `rotary` comes from `rotary_positions`; the other arguments are those of `xfmr`. `probe` is given every component
-    that has a name in `parity.components`.
+    Without pages h is (B, L, D), whole sequences that attend to themselves; with pages it is (T, D), the tokens of a
+    step, and `places` and `n_single` say of which rows. `rotary` is cos and sin (.., K/2) of the tokens' positions.
+    `probe` is given every component that has a name in `parity.components`.
     """
-    positions_BL, cos, sin = rotary
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
 
     with jax.named_scope("attention"):
-        x_BLD = probe("attention_norm", rms_norm(h_BLD, w.attention_norm, config.norm_eps))
-        q_BLHK, k_BLGK, v_BLGK = project_qkv(x_BLD, w.wqkv)
-        q_BLHK, k_BLGK, v_BLGK = probe("q", q_BLHK), probe("k", k_BLGK), probe("v", v_BLGK)
-        q_BLHK = probe("q_rotated", apply_rotary_emb(q_BLHK, cos, sin))
-        k_BLGK = probe("k_rotated", apply_rotary_emb(k_BLGK, cos, sin))
-        if cache is not None:
-            cache = cache.update(k_BLGK, v_BLGK, cur_pos_B, first_row)
-        from_zero = cur_pos_B is None
-        keys, values = (k_BLGK, v_BLGK) if from_zero else cache
-        attn_BLHK = probe("attn", attend(backend, q_BLHK, keys, values, positions_BL, from_zero=from_zero))
-        attn_BLD = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_BLHK, w.wo), MODEL))
-        h_BLD = probe("attn_residual", h_BLD + _drop(attn_BLD, dropout, 2 * layer + 1))
+        x = probe("attention_norm", rms_norm(h, w.attention_norm, config.norm_eps))
+        q_HK, k_GK, v_GK = project_qkv(x, w.wqkv)
+        q_HK, k_GK, v_GK = probe("q", q_HK), probe("k", k_GK), probe("v", v_GK)
+        q_HK = probe("q_rotated", apply_rotary_emb(q_HK, *rotary))
+        k_GK = probe("k_rotated", apply_rotary_emb(k_GK, *rotary))
+        if pages is None:
+            attn_HK = attend(backend, q_HK, k_GK, v_GK)
+        else:
+            pages = pages.write(k_GK, v_GK, places.at_T)
+            attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single)
+        attn_HK = probe("attn", attn_HK)
+        attn = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_HK, w.wo), MODEL))
+        h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
 
     with jax.named_scope("feed_forward"):
-        x_BLD = probe("ffn_norm", rms_norm(h_BLD, w.ffn_norm, config.norm_eps))
-        down_BLD = probe("down", jax.lax.psum(feed_forward(x_BLD, w.w13, w.w2, probe), MODEL))
-        h_BLD = probe("ffn_residual", h_BLD + _drop(down_BLD, dropout, 2 * layer + 2))
-    return h_BLD, cache
+        x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
+        down = probe("down", jax.lax.psum(feed_forward(x, w.w13, w.w2, probe), MODEL))
+        h = probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2))
+    return h, pages
 
 
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
-_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "dropout_rate"))
+_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "n_single", "dropout_rate"))
 
 
-def embed(tok_embeddings_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Each shard looks up the tokens of its part of the vocabulary; the others contribute zero."""
+def embed(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Embeddings (.., D) of tokens (..): each shard looks up those of its part of the vocabulary."""
     n_local = tok_embeddings_VD.shape[0]
-    local_BL = tokens_BL - jax.lax.axis_index(MODEL) * n_local
-    mine_BL = (local_BL >= 0) & (local_BL < n_local)
-    x_BLD = tok_embeddings_VD[jnp.clip(local_BL, 0, n_local - 1)]
-    return jax.lax.psum(jnp.where(mine_BL[..., None], x_BLD, 0), MODEL)
+    local = tokens - jax.lax.axis_index(MODEL) * n_local
+    mine = (local >= 0) & (local < n_local)
+    x_D = tok_embeddings_VD[jnp.clip(local, 0, n_local - 1)]
+    return jax.lax.psum(jnp.where(mine[..., None], x_D, 0), MODEL)
 
 
 def head(

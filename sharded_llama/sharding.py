@@ -4,6 +4,8 @@ Every PartitionSpec in the package comes from here. `data` replicates the weight
 `model` is tensor parallelism: it splits heads, feed-forward width and vocabulary.
 """
 
+import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from .config import LlamaConfig
@@ -20,8 +22,8 @@ SPECS: dict[str, P] = {
     "wo": P(None, MODEL),  # (D, H, K)
     "w13": P(None, MODEL),  # (2, F, D)
     "w2": P(None, MODEL),  # (D, F)
-    # Cache of one layer, K or V.
-    "kv_cache": P(DATA, None, MODEL),  # (B, S, G', K)
+    # Cache of one layer; an 8-bit cache's scales lack the last axis.
+    "kv_pages": P(DATA, None, MODEL),  # (N, P, 2G', K)
     # Activations and step inputs.
     "tokens": P(DATA),  # (B, ...) tokens, positions, lengths, per-row sampling parameters
     "hidden": P(DATA, None, None),  # (B, L, D)
@@ -29,7 +31,7 @@ SPECS: dict[str, P] = {
     "attn_weights": P(DATA, MODEL),  # (B, H, L, S)
     "feed_forward": P(DATA, None, MODEL),  # (B, L, F)
     "logits": P(DATA, None, MODEL),  # (B, L, V)
-    "last_logits": P(DATA, MODEL),  # (B, V)
+    "last_logits": P(DATA, MODEL),  # (B, V), (R, V) or (T, V)
     "replicated": P(),  # sampled tokens leaving a step, so that every process can read them
 }
 
@@ -37,6 +39,12 @@ SPECS: dict[str, P] = {
 def named_sharding(mesh: Mesh, name: str) -> NamedSharding:
     """Sharding of the table's array `name` on `mesh`."""
     return NamedSharding(mesh, SPECS[name])
+
+
+def put(mesh: Mesh, name: str, array: np.ndarray) -> jax.Array:
+    """A host array, the same in every process, as a global array laid out as the table says for `name`."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, named_sharding(mesh, name), lambda index: array[index])
 
 
 def kv_head_layout(config: LlamaConfig, model: int) -> tuple[int, int]:

@@ -1,15 +1,29 @@
-"""Attention, chosen by backend: cuDNN where it has a kernel, plain JAX everywhere else."""
+"""Attention, chosen by backend: kernels where there are some, plain JAX everywhere else."""
 
 import jax
+import jax.numpy as jnp
 
 from ..config import LlamaConfig
 from ..errors import ConfigError
+from ..kv_cache import KVPages
 from . import cudnn
+from .paged import paged_attn_blockwise, paged_attn_reference
 from .reference import attention_weights, blockwise_attn, grouped_query_attn
 
-BACKENDS = ("cudnn", "blockwise", "reference")
+# "gpu": cuDNN for whole sequences and our kernel over pages; "tpu": a kernel over pages.
+BACKENDS = ("gpu", "tpu", "blockwise", "reference")
 
-__all__ = ["BACKENDS", "attend", "attention_weights", "blockwise_attn", "choose_backend", "grouped_query_attn"]
+__all__ = [
+    "BACKENDS",
+    "attend",
+    "attend_pages",
+    "attention_weights",
+    "blockwise_attn",
+    "choose_backend",
+    "grouped_query_attn",
+    "paged_attn_blockwise",
+    "paged_attn_reference",
+]
 
 
 def choose_backend(config: LlamaConfig, device: jax.Device, requested: str | None = None) -> str:
@@ -17,40 +31,49 @@ def choose_backend(config: LlamaConfig, device: jax.Device, requested: str | Non
 
     Raises ConfigError when `requested` is unknown or cannot run this model.
     """
-    capability = getattr(device, "compute_capability", "9.0")
-    fits_cudnn = device.platform == "gpu" and cudnn.supports(config.jnp_dtype, config.head_dim, capability)
+    fits = {"gpu": _fits_gpu(config, device), "tpu": device.platform == "tpu" and config.dtype != "float64"}
     if requested is None:
-        return "cudnn" if fits_cudnn else "blockwise"
+        return next((backend for backend, good in fits.items() if good), "blockwise")
     if requested not in BACKENDS:
         raise ConfigError(f"attention backend {requested!r} is not one of {', '.join(BACKENDS)}.")
-    if requested == "cudnn" and not fits_cudnn:
+    if not fits.get(requested, True):
+        needs = "an NVIDIA GPU (Ampere or later)" if requested == "gpu" else "a TPU"
         raise ConfigError(
-            f"cuDNN attention needs an NVIDIA GPU (Ampere or later), float16 or bfloat16 and a head width that is a "
-            f"multiple of 8 up to {cudnn.MAX_HEAD_DIM} (128 before Hopper); here: {device.device_kind}, "
-            f"{config.dtype}, {config.head_dim}."
+            f"attention={requested!r} needs {needs} and a type other than float64; here: {device.device_kind}, "
+            f"{config.dtype}. {', '.join(BACKENDS[2:])} run everywhere."
         )
     return requested
 
 
-def attend(
-    backend: str,
-    q_BLHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    q_pos_BL: jax.Array,
-    *,
-    from_zero: bool,
-) -> jax.Array:
-    """Causal attention of one device's heads. Returns (B, L, H, K).
+def _fits_gpu(config: LlamaConfig, device: jax.Device) -> bool:
+    if device.platform != "gpu" or config.dtype == "float64" or config.head_dim % 8:
+        return False
+    try:
+        return float(getattr(device, "compute_capability", "0")) >= 8
+    except ValueError:  # AMD's are names such as gfx942
+        return False
 
-    Key j is at position j; a query sees keys up to its own position. `from_zero` says (statically) that k and v
-    are the step's own tokens and every row starts at position 0.
-    """
-    if backend == "cudnn" and from_zero:
-        return cudnn.prefill_attn(q_BLHK, k_BSGK, v_BSGK)
-    if backend == "cudnn" and q_BLHK.shape[1] == 1:
-        return cudnn.decode_attn(q_BLHK, k_BSGK, v_BSGK, q_pos_BL)
-    if backend == "reference":
-        return grouped_query_attn(q_BLHK, k_BSGK, v_BSGK, q_pos_BL)
-    # Chunks that continue a cached prompt come here on every platform: cuDNN has no causal mask with an offset.
-    return blockwise_attn(q_BLHK, k_BSGK, v_BSGK, q_pos_BL)
+
+def attend(backend: str, q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array) -> jax.Array:
+    """Causal attention of whole sequences to themselves, on one device's heads. Returns (B, L, H, K)."""
+    if backend == "gpu" and cudnn.supports(q_BLHK.dtype, q_BLHK.shape[-1]):
+        return cudnn.prefill_attn(q_BLHK, k_BLGK, v_BLGK)
+    positions_BL = jnp.broadcast_to(jnp.arange(q_BLHK.shape[1]), q_BLHK.shape[:2])
+    dense = grouped_query_attn if backend == "reference" else blockwise_attn
+    return dense(q_BLHK, k_BLGK, v_BLGK, positions_BL)
+
+
+def attend_pages(
+    backend: str, q_THK: jax.Array, pages: KVPages, tables_RW: jax.Array, start_R: jax.Array, n_single: int
+) -> jax.Array:
+    """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows. Returns (T, H, K)."""
+    kernel = {"reference": paged_attn_reference, "blockwise": paged_attn_blockwise}[backend]
+    n_rows = start_R.shape[0]
+    parts = []
+    if n_single:
+        parts.append(kernel(q_THK[:n_single, None], pages, tables_RW[:n_single], start_R[:n_single])[:, 0])
+    if n_rows > n_single:
+        q_BLHK = q_THK[n_single:].reshape(n_rows - n_single, -1, *q_THK.shape[1:])
+        chunks = kernel(q_BLHK, pages, tables_RW[n_single:], start_R[n_single:])
+        parts.append(chunks.reshape(-1, *q_THK.shape[1:]))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]

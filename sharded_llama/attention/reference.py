@@ -35,20 +35,9 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
 
     def attend(first_key: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         k, v = (jax.lax.dynamic_slice_in_dim(x, first_key, size, axis=1) for x in (k_BSGK, v_BSGK))
-        # Without the barrier the TPU compiler wants the whole cache in the layout that suits the products, and
-        # copies it in every step.
+        # Without the barrier the TPU compiler wants the whole of k in the layout that suits the products.
         k, v = jax.lax.optimization_barrier((k, v))
-        scores = _masked_scores(q_BLGRK, k, q_pos_BL, first_key)
-        peak = jnp.max(scores, axis=-1)
-        # A block with no visible key has peak -inf; the shift must stay finite.
-        probs = jnp.exp(scores - jnp.maximum(peak, jnp.finfo(peak.dtype).min)[..., None])
-        weighted = dot("bgrls,bsgk->bgrlk", probs.astype(v.dtype), v, out_dtype=probs.dtype)
-        return peak, jnp.sum(probs, axis=-1), weighted
-
-    def merge(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        peak = jnp.maximum(a[0], b[0])
-        scale_a, scale_b = jnp.exp(a[0] - peak), jnp.exp(b[0] - peak)
-        return peak, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a[..., None] + b[2] * scale_b[..., None]
+        return softmax_parts(q_BLGRK, k, v, q_pos_BL, first_key)
 
     # The first block holds key 0, which every query sees: its peak is finite, and so is every later one.
     n_blocks, rest = divmod(length, BLOCK)
@@ -61,6 +50,26 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
     _, denominator, weighted = total
     out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
     return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
+
+
+def softmax_parts(
+    q_BLGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a block of keys at positions first_key.. adds to an online softmax: peak and denominator (B, G, R, L), and
+    the weighted sum of values (B, G, R, L, K)."""
+    scores = _masked_scores(q_BLGRK, k_BSGK, q_pos_BL, first_key)
+    peak = jnp.max(scores, axis=-1)
+    # A block with no visible key has peak -inf; the shift must stay finite.
+    probs = jnp.exp(scores - jnp.maximum(peak, jnp.finfo(peak.dtype).min)[..., None])
+    weighted = dot("bgrls,bsgk->bgrlk", probs.astype(v_BSGK.dtype), v_BSGK, out_dtype=probs.dtype)
+    return peak, jnp.sum(probs, axis=-1), weighted
+
+
+def merge(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The parts of two blocks as those of one. The first peak must be finite."""
+    peak = jnp.maximum(a[0], b[0])
+    scale_a, scale_b = jnp.exp(a[0] - peak), jnp.exp(b[0] - peak)
+    return peak, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a[..., None] + b[2] * scale_b[..., None]
 
 
 def _masked_scores(q_BLGRK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:

@@ -1,158 +1,208 @@
-"""Prefill and decode as compiled functions: one executable per shape, caches updated in place."""
+"""What the device runs, as pure functions: the forward pass of a step's rows, the sampler, and their bookkeeping.
+
+A step's rows come as one small array, so that the host uploads little and every process can be sent the same. What must
+survive from step to step without the host seeing it stays on the device: the pages, the block tables of all slots,
+and the newest token of every slot. A row names its slot; its token is either given or the slot's newest one.
+"""
 
 import functools
-import time
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
-from ..attention import choose_backend
 from ..config import LlamaConfig
-from ..kv_cache import KVCache
-from ..model import xfmr
-from ..sampling import RowParams, sample
-from ..sharding import named_sharding
-from ..weights import XfmrWeights, abstract_weights
+from ..kv_cache import KVPages
+from ..model import StepRows, xfmr_step
+from ..sampling import RowParams, Sampled, log_normalizer, sample
+from ..sharding import SPECS
+from ..weights import XfmrWeights
 
 
-def prefill(
-    weights: XfmrWeights,
-    caches: tuple[KVCache, ...],
-    tokens_BL: jax.Array,
-    lengths_B: jax.Array,
-    first_row: jax.Array,
-    rows: RowParams | None,
-    *,
-    config: LlamaConfig,
-    mesh: Mesh,
-    backend: str,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    """Runs prompts, padded on the right to L, from position 0 and samples each one's first new token.
+class Column:
+    """Columns of a step's rows (R, X), int32; the sampling parameters stand there bit for bit."""
 
-    The batch may be a part of the cache's: on every data shard it fills the rows from `first_row` on.
-    Returns tokens (B,) and the caches.
-    """
-    logits_BV, caches = xfmr(
-        weights,
-        config,
-        tokens_BL,
-        None,
-        caches,
-        mesh=mesh,
-        logits_at_B=lengths_B - 1,
-        first_row=first_row,
-        backend=backend,
-    )
-    return sample(logits_BV, rows, lengths_B, vocab_size=config.vocab_size, mesh=mesh), caches
+    TOKEN = 0  # of a row of one token; FROM_SLOT: the newest token of its slot
+    START = 1  # position of its first token
+    LENGTH = 2  # real tokens; 0: the row is not used
+    SLOT = 3  # whose block table it has; unused rows: beyond the slots
+    SAMPLES = 4  # 1: the token that follows is sampled and becomes the slot's newest
+    LIMIT = 5  # positions that the sequence's pages have room for
+    TEMPERATURE = 6  # float32
+    TOP_K = 7
+    TOP_P = 8  # float32
+    MIN_P = 9  # float32
+    SEED = 10  # two columns, uint32: high and low word
+    COUNT = 12
 
 
-def decode(
-    weights: XfmrWeights,
-    caches: tuple[KVCache, ...],
-    tokens_B: jax.Array,
-    cur_pos_B: jax.Array,
-    rows: RowParams | None,
-    *,
-    config: LlamaConfig,
-    mesh: Mesh,
-    backend: str,
-) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
-    """Adds every row's newest token to the cache at its position and samples the next one.
-
-    Returns tokens (B,), their positions (B,) and the caches: the arguments of the next step.
-    """
-    logits_BV, caches = xfmr(
-        weights,
-        config,
-        tokens_B[:, None],
-        cur_pos_B,
-        caches,
-        mesh=mesh,
-        logits_at_B=jnp.zeros_like(cur_pos_B),
-        backend=backend,
-    )
-    tokens_B = sample(logits_BV, rows, cur_pos_B + 1, vocab_size=config.vocab_size, mesh=mesh)
-    # Rows that are finished run on until the batch is; they must stay within the cache.
-    last_position = caches[0].k_BSGK.shape[1] - 1
-    return tokens_B, jnp.minimum(cur_pos_B + 1, last_position), caches
+FROM_SLOT = -1
 
 
-class Steps:
-    """The compiled steps of one model on one mesh, each compiled on first use and kept."""
+class StepShape(NamedTuple):
+    """The static shape of a step, per data shard: rows of one token, then rows of `block` tokens."""
 
-    def __init__(self, config: LlamaConfig, mesh: Mesh, backend: str | None = None):
-        self.config = config
-        self.mesh = mesh
-        self.backend = choose_backend(config, mesh.devices.flat[0], backend)
-        self._compiled: dict[tuple, Any] = {}
+    n_single: int
+    n_blocks: int
+    block: int
 
     @property
-    def n_compiled(self) -> int:
-        """Number of executables made so far."""
-        return len(self._compiled)
+    def n_rows(self) -> int:
+        return self.n_single + self.n_blocks
 
-    def prefill(self, batch: int, length: int, cache_batch: int, cache_length: int, *, greedy: bool) -> Any:
-        """Executable of `prefill` for `batch` prompts padded to `length`: f(weights, caches, tokens, lengths, ...)."""
-        args = (
-            abstract_weights(self.config, self.mesh),
-            KVCache.abstract(self.config, self.mesh, cache_batch, cache_length),
-            self._abstract("tokens", (batch, length), jnp.int32),
-            self._abstract("tokens", (batch,), jnp.int32),
-            self._abstract("replicated", (), jnp.int32),
-            None if greedy else self._abstract_rows(batch),
+    @property
+    def n_tokens(self) -> int:
+        return self.n_single + self.n_blocks * self.block
+
+
+class DeviceState(NamedTuple):
+    """What stays on the device between steps."""
+
+    pages: tuple[KVPages, ...]
+    tables_SW: jax.Array  # int32, pages of every slot, P('data'): (data * slots, W)
+    tokens_S: jax.Array  # int32, newest token of every slot, P('data')
+
+
+def forward(
+    weights: XfmrWeights,
+    state: DeviceState,
+    rows_RX: jax.Array,
+    tokens_CQ: jax.Array,
+    *,
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+) -> tuple[jax.Array, jax.Array, tuple[KVPages, ...]]:
+    """Logits (R, V') of the rows, the logarithms (R,) of what normalises them, and the pages.
+
+    Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens.
+    """
+    data = mesh.shape["data"]
+    n_single = (rows_RX.shape[0] - tokens_CQ.shape[0]) // data
+    expand = jax.shard_map(
+        functools.partial(_step_rows, n_single=n_single),
+        mesh=mesh,
+        in_specs=(SPECS["tokens"],) * 4,
+        out_specs=StepRows(*[SPECS["tokens"]] * len(StepRows._fields)),
+    )
+    rows = expand(state.tables_SW, state.tokens_S, rows_RX, tokens_CQ)
+    logits_RV, pages = xfmr_step(weights, config, rows, state.pages, mesh=mesh, n_single=n_single, backend=backend)
+    return logits_RV, log_normalizer(logits_RV, mesh=mesh), pages
+
+
+def _step_rows(
+    tables_SW: jax.Array, tokens_S: jax.Array, rows_RX: jax.Array, tokens_CQ: jax.Array, *, n_single: int
+) -> StepRows:
+    """One device's rows, with the tables and tokens of their slots."""
+    slot_R = rows_RX[:, Column.SLOT]
+    given_B = rows_RX[:n_single, Column.TOKEN]
+    newest_B = tokens_S.at[slot_R[:n_single]].get(mode="fill", fill_value=0)
+    tokens_B = jnp.where(given_B == FROM_SLOT, newest_B, given_B)
+    return StepRows(
+        tokens_T=jnp.concatenate([tokens_B, tokens_CQ.reshape(-1)]),
+        start_R=rows_RX[:, Column.START],
+        length_R=rows_RX[:, Column.LENGTH],
+        tables_RW=tables_SW.at[slot_R].get(mode="clip"),
+    )
+
+
+def choose(
+    logits_RV: jax.Array,
+    normalizer_R: jax.Array,
+    tokens_S: jax.Array,
+    rows_RX: jax.Array,
+    *,
+    config: LlamaConfig,
+    mesh: Mesh,
+    greedy: bool,
+) -> tuple[Sampled, jax.Array]:
+    """The next token of every row with its logarithmic probability, and the slots' newest tokens with them."""
+    length_R = rows_RX[:, Column.LENGTH]
+    positions_R = rows_RX[:, Column.START] + length_R
+    params = None if greedy else row_params(rows_RX)
+    sampled = sample(logits_RV, normalizer_R, params, positions_R, vocab_size=config.vocab_size, mesh=mesh)
+
+    def store(tokens_S: jax.Array, new_R: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        n_slots = tokens_S.shape[0]
+        slot_R = jnp.where(rows_RX[:, Column.SAMPLES] > 0, rows_RX[:, Column.SLOT], n_slots)
+        return tokens_S.at[slot_R].set(new_R, mode="drop")
+
+    specs = SPECS["tokens"]
+    stored = jax.shard_map(store, mesh=mesh, in_specs=(specs,) * 3, out_specs=specs)
+    return sampled, stored(tokens_S, sampled.tokens_R, rows_RX)
+
+
+def decode_several(
+    weights: XfmrWeights,
+    state: DeviceState,
+    rows_RX: jax.Array,
+    *,
+    n_steps: int,
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+    greedy: bool,
+) -> tuple[Sampled, DeviceState]:
+    """`n_steps` steps of rows of one token each, one after the other. Returns what was sampled, (n_steps, R) each.
+
+    Where a sequence has no more room in its pages its rows run on without being written.
+    """
+    no_tokens = jnp.zeros((0, 1), jnp.int32)
+
+    def step(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Sampled]:
+        state, rows_RX = carry
+        logits, normalizer, pages = forward(
+            weights, state, rows_RX, no_tokens, config=config, mesh=mesh, backend=backend
         )
-        shape = {"batch": batch, "length": length, "cache_batch": cache_batch, "cache_length": cache_length}
-        return self._compile(prefill, args, **shape, greedy=greedy)
+        sampled, tokens = choose(logits, normalizer, state.tokens_S, rows_RX, config=config, mesh=mesh, greedy=greedy)
+        start_R = rows_RX[:, Column.START] + (rows_RX[:, Column.LENGTH] > 0)
+        has_room_R = (rows_RX[:, Column.LENGTH] > 0) & (start_R < rows_RX[:, Column.LIMIT])
+        rows_RX = rows_RX.at[:, Column.TOKEN].set(FROM_SLOT).at[:, Column.START].set(start_R)
+        rows_RX = rows_RX.at[:, Column.LENGTH].set(has_room_R.astype(jnp.int32))
+        return (DeviceState(pages, state.tables_SW, tokens), rows_RX), sampled
 
-    def decode(self, batch: int, cache_length: int, *, greedy: bool) -> Any:
-        """Executable of `decode`: f(weights, caches, tokens, cur_pos, rows) -> (tokens, cur_pos, caches)."""
-        args = (
-            abstract_weights(self.config, self.mesh),
-            KVCache.abstract(self.config, self.mesh, batch, cache_length),
-            self._abstract("replicated", (batch,), jnp.int32),
-            self._abstract("tokens", (batch,), jnp.int32),
-            None if greedy else self._abstract_rows(batch),
-        )
-        return self._compile(decode, args, batch=batch, cache_length=cache_length, greedy=greedy)
+    (state, _), sampled = jax.lax.scan(step, (state, rows_RX), length=n_steps)
+    return sampled, state
 
-    def put(self, name: str, array: np.ndarray) -> jax.Array:
-        """A host array, the same in every process, as a global array laid out as the table says for `name`."""
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, named_sharding(self.mesh, name), lambda index: array[index])
 
-    def put_rows(self, rows: RowParams) -> RowParams:
-        return RowParams(*(self.put("tokens", x) for x in rows))
+def set_tables(tables_SW: jax.Array, changes_U3: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Writes page numbers into block tables. Changes, split over `data`: slot, index, page; slots beyond: nothing."""
 
-    def _abstract(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(self.mesh, name))
+    def local(tables_SW: jax.Array, changes_U3: jax.Array) -> jax.Array:
+        slot_U, index_U, page_U = changes_U3.T
+        return tables_SW.at[slot_U, index_U].set(page_U, mode="drop")
 
-    def _abstract_rows(self, batch: int) -> RowParams:
-        f32 = self._abstract("tokens", (batch,), jnp.float32)
-        return RowParams(
-            temperature_B=f32,
-            top_k_B=self._abstract("tokens", (batch,), jnp.int32),
-            top_p_B=f32,
-            min_p_B=f32,
-            seed_B2=self._abstract("tokens", (batch, 2), jnp.uint32),
-        )
+    specs = SPECS["tokens"]
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=specs)(tables_SW, changes_U3)
 
-    def _compile(self, step: Any, args: tuple, **shape: int) -> Any:
-        key = (step, *shape.items())
-        if key not in self._compiled:
-            start = time.perf_counter()
-            run = functools.partial(step, config=self.config, mesh=self.mesh, backend=self.backend)
-            # Outputs keep the layout of the inputs they replace, so that one step's result is the next one's input;
-            # the caches (argument 1) are donated, so that they are updated in place.
-            jitted = jax.jit(run, donate_argnums=1, out_shardings=self._out_shardings(step))
-            self._compiled[key] = jitted.lower(*args).compile()
-            described = ", ".join(f"{name}={value}" for name, value in shape.items())
-            logging.info("compiled %s (%s): %.1f s", step.__name__, described, time.perf_counter() - start)
-        return self._compiled[key]
 
-    def _out_shardings(self, step: Any) -> Any:
-        tokens, positions, cache = (named_sharding(self.mesh, n) for n in ("replicated", "tokens", "kv_cache"))
-        return (tokens, cache) if step is prefill else (tokens, positions, cache)
+def copy_pages(pages: tuple[KVPages, ...], copies_C2: jax.Array, *, mesh: Mesh) -> tuple[KVPages, ...]:
+    """Copies pages within each data shard's pool: from, to; a target beyond the pool: nothing."""
+
+    def local(pages: tuple[KVPages, ...], copies_C2: jax.Array) -> tuple[KVPages, ...]:
+        return tuple(layer.copy(copies_C2[:, 0], copies_C2[:, 1]) for layer in pages)
+
+    specs = SPECS["kv_pages"]
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, SPECS["tokens"]), out_specs=specs)(pages, copies_C2)
+
+
+def row_params(rows_RX: jax.Array) -> RowParams:
+    def floats(column: int) -> jax.Array:
+        return jax.lax.bitcast_convert_type(rows_RX[:, column], jnp.float32)
+
+    seeds = rows_RX[:, Column.SEED : Column.SEED + 2]
+    return RowParams(
+        temperature_B=floats(Column.TEMPERATURE),
+        top_k_B=rows_RX[:, Column.TOP_K],
+        top_p_B=floats(Column.TOP_P),
+        min_p_B=floats(Column.MIN_P),
+        seed_B2=jax.lax.bitcast_convert_type(seeds, jnp.uint32),
+    )
+
+
+def pack_params(params: RowParams) -> np.ndarray:
+    """Host arrays of rows' parameters as the columns (B, X) from TEMPERATURE on."""
+    columns = [params.temperature_B, params.top_k_B, params.top_p_B, params.min_p_B]
+    return np.concatenate([np.stack([c.view(np.int32) for c in columns], 1), params.seed_B2.view(np.int32)], axis=1)

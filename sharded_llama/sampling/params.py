@@ -10,6 +10,10 @@ import numpy as np
 from ..errors import RequestError
 
 
+MAX_N = 64  # answers to one prompt
+MAX_LOGPROBS = 20  # most likely tokens whose probabilities a request can ask for
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen. Names and defaults are vLLM's.
@@ -25,6 +29,8 @@ class SamplingParams:
     seed: int | None = None  # None: a fresh one for every request
     max_tokens: int = 16  # new tokens at most
     ignore_eos: bool = False
+    n: int = 1  # answers to one prompt, each with a seed of its own
+    logprobs: int | None = None  # log-probabilities of each token and of this many of the most likely ones
 
     def __post_init__(self) -> None:
         self._check("temperature", 0.0 <= self._number("temperature") <= 100.0, "a number from 0 (greedy) to 100")
@@ -32,6 +38,10 @@ class SamplingParams:
         self._check("top_p", 0.0 < self._number("top_p") <= 1.0, "a number above 0 and at most 1")
         self._check("min_p", 0.0 <= self._number("min_p") <= 1.0, "a number from 0 to 1")
         self._check("max_tokens", 1 <= self._integer("max_tokens") < 2**31, "a whole number of at least 1")
+        self._check("n", 1 <= self._integer("n") <= MAX_N, f"a whole number from 1 to {MAX_N}")
+        if self.logprobs is not None:
+            in_range = 0 <= self._integer("logprobs") <= MAX_LOGPROBS
+            self._check("logprobs", in_range, f"None or a whole number from 0 to {MAX_LOGPROBS}")
         if self.seed is not None:
             self._check("seed", -(2**63) <= self._integer("seed") < 2**64, "a whole number of at most 64 bits")
 

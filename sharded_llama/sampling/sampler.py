@@ -1,42 +1,88 @@
-"""The sampler that ends every compiled step: logits in, one token per row out, nothing leaves the device."""
+"""The sampler that ends every step: logits in, one token per row out, nothing but that leaves the device."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding import DATA, MODEL, SPECS
-from .params import RowParams
+from .params import MAX_LOGPROBS, RowParams
+
+
+class Sampled(NamedTuple):
+    """What was sampled for every row, readable by every process. Log-probabilities are of the raw logits."""
+
+    tokens_R: jax.Array  # int32
+    logprobs_R: jax.Array  # float32
+    ranks_R: jax.Array  # int32, 1 for the most likely token
+    top_tokens_RJ: jax.Array | None  # int32, the most likely tokens in order; None when every row is greedy
+    top_logprobs_RJ: jax.Array | None  # float32
+
+
+def log_normalizer(logits_RV: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Logarithm (R,) of the sum of exponentials of rows of logits that are split over the mesh."""
+
+    def local(logits_RV: jax.Array) -> jax.Array:
+        peak_R = jax.lax.pmax(jnp.max(logits_RV, axis=-1), MODEL)
+        return peak_R + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits_RV - peak_R[:, None]), axis=-1), MODEL))
+
+    return jax.shard_map(local, mesh=mesh, in_specs=SPECS["last_logits"], out_specs=SPECS["tokens"])(logits_RV)
 
 
 def sample(
-    logits_BV: jax.Array, rows: RowParams | None, positions_B: jax.Array, *, vocab_size: int, mesh: Mesh
-) -> jax.Array:
-    """Next token of every row, (B,) int32, readable by every process.
+    logits_RV: jax.Array,
+    normalizer_R: jax.Array,
+    rows: RowParams | None,
+    positions_R: jax.Array,
+    *,
+    vocab_size: int,
+    mesh: Mesh,
+) -> Sampled:
+    """The next token of every row.
 
     Args:
-      logits_BV: the padded logits of `xfmr`, split over the mesh, -inf in the padding.
-      rows: sampling parameters, or None when every row is greedy: then only one candidate per shard is exchanged.
-      positions_B: position that the new token takes in its sequence. The noise is a function of seed, position
+      logits_RV: padded logits, split over the mesh, -inf in the padding.
+      normalizer_R: from `log_normalizer`.
+      rows: sampling parameters, or None when every row is greedy and nobody asks for other tokens' probabilities: then
+        only one candidate per shard is exchanged.
+      positions_R: position that the new token takes in its sequence. The noise is a function of seed, position
         and token id, so a row's draw does not depend on the batch, its slot or the mesh.
     """
 
-    def local(logits: jax.Array, rows: RowParams | None, positions: jax.Array) -> jax.Array:
+    def local(logits: jax.Array, normalizer: jax.Array, rows: RowParams | None, positions: jax.Array) -> Sampled:
+        top_tokens, top_logprobs = None, None
         if rows is None:
             tokens = _sharded_argmax(logits)
         else:
-            logits = jax.lax.all_gather(logits, MODEL, axis=1, tiled=True)[:, :vocab_size]
-            tokens = sample_rows(logits, rows, positions)
-        return jax.lax.all_gather(tokens, DATA, tiled=True)
+            whole = jax.lax.all_gather(logits, MODEL, axis=1, tiled=True)[:, :vocab_size]
+            tokens = sample_rows(whole, rows, positions)
+            top_logits, top_tokens = jax.lax.top_k(whole, min(MAX_LOGPROBS, vocab_size))
+            top_logprobs = top_logits - normalizer[:, None]
+        chosen = _logit_of(logits, tokens)
+        ranks = 1 + jax.lax.psum(jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32), MODEL)
+        sampled = Sampled(tokens, chosen - normalizer, ranks, top_tokens, top_logprobs)
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), sampled)
 
     row_specs = None if rows is None else RowParams(*[SPECS["tokens"]] * len(RowParams._fields))
+    top = None if rows is None else SPECS["replicated"]
     # The result is the same everywhere after the gathers, which the checker of varying axes cannot know.
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(SPECS["last_logits"], row_specs, SPECS["tokens"]),
-        out_specs=SPECS["replicated"],
+        in_specs=(SPECS["last_logits"], SPECS["tokens"], row_specs, SPECS["tokens"]),
+        out_specs=Sampled(*[SPECS["replicated"]] * 3, top, top),
         check_vma=False,
-    )(logits_BV, rows, positions_B)
+    )(logits_RV, normalizer_R, rows, positions_R)
+
+
+def _logit_of(logits_RV: jax.Array, tokens_R: jax.Array) -> jax.Array:
+    """The logit (R,) of one token per row, from the shard that has it."""
+    n_local = logits_RV.shape[-1]
+    local_R = tokens_R - jax.lax.axis_index(MODEL) * n_local
+    mine_R = (local_R >= 0) & (local_R < n_local)
+    logit_R = jnp.take_along_axis(logits_RV, jnp.clip(local_R, 0, n_local - 1)[:, None], axis=-1)[:, 0]
+    return jax.lax.psum(jnp.where(mine_R, logit_R, 0), MODEL)
 
 
 def _sharded_argmax(logits_BV: jax.Array) -> jax.Array:

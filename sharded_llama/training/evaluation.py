@@ -62,5 +62,5 @@ def score_text(
 def _score_batch(
     weights: XfmrWeights, batch: Batch, *, config: LlamaConfig, mesh: Mesh, backend: str | None
 ) -> jax.Array:
-    logits_BLV, _ = xfmr(weights, config, batch.tokens_BL, mesh=mesh, backend=backend)
+    logits_BLV = xfmr(weights, config, batch.tokens_BL, mesh=mesh, backend=backend)
     return jnp.sum(jnp.where(batch.valid_BL, token_nll(logits_BLV, batch.targets_BL), 0))

@@ -115,7 +115,7 @@ def batch_loss(
 ) -> jax.Array:
     """Mean nats per valid token of `batch`, computed in `config.dtype` whatever that of the weights. Differentiable."""
     weights = cast_weights(weights, config.dtype)
-    logits_BLV, _ = xfmr(weights, config, batch.tokens_BL, mesh=mesh, backend=ATTENTION, dropout=dropout)
+    logits_BLV = xfmr(weights, config, batch.tokens_BL, mesh=mesh, backend=ATTENTION, dropout=dropout)
     return mean_over(batch.valid_BL, token_nll(logits_BLV, batch.targets_BL))
 
 

@@ -23,7 +23,7 @@ def logits(mesh_shape, rate, seed=0):
     tokens = jax.device_put(TOKENS, named_sharding(mesh, "tokens"))
 
     def run(weights, tokens, key):
-        return xfmr(weights, CONFIG, tokens, mesh=mesh, dropout=None if rate is None else Dropout(rate, key))[0]
+        return xfmr(weights, CONFIG, tokens, mesh=mesh, dropout=None if rate is None else Dropout(rate, key))
 
     return np.asarray(jax.jit(run, compiler_options=QUICK)(weights, tokens, jax.random.key(seed)))
 

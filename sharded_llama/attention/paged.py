@@ -1,0 +1,67 @@
+"""Attention over the paged cache in plain JAX: the specification of every kernel, and the form that runs everywhere.
+
+Row b has L queries at positions start_B[b].. of one sequence, whose pages its block table names. The rows of a step are
+of two kinds with one function: decoding has L = 1, a chunk of a prompt is as many rows as it takes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..kv_cache import KVPages
+from .reference import grouped_query_attn, merge, softmax_parts
+
+BLOCK = 512  # cached positions that are scored at a time
+
+
+def paged_attn_reference(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
+    """Causal attention of each row to its pages, up to each query's own position. Returns (B, L, H, K) in q's dtype.
+
+    Args:
+      q_BLHK: query l of row b is at position start_B[b] + l. The keys and values of these positions are in the pages.
+      pages: one device's part; H is a multiple of its kv heads.
+      tables_BW: int32, the row's pages. Numbers beyond the pool may stand after the last page that is needed.
+      start_B: int32. Rows that are not used have any start within the table; what comes out of them is not looked at.
+
+    What is not visible is not touched: pages may hold anything there, NaN included.
+    """
+    k_BSGK, v_BSGK = (_joined(x) for x in pages.read(tables_BW, q_BLHK.dtype))
+    positions_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])
+    seen_BS = jnp.arange(k_BSGK.shape[1]) <= positions_BL[:, -1:]
+    v_BSGK = jnp.where(seen_BS[..., None, None], v_BSGK, 0)  # zero times NaN would be NaN
+    return grouped_query_attn(q_BLHK, k_BSGK, v_BSGK, positions_BL)
+
+
+def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
+    """`paged_attn_reference` with BLOCK positions in memory at a time, as far as the longest row needs.
+
+    Blocks beyond a row's own length leave its sums as they are, bit for bit: what a row gives does not depend on how
+    long the others are.
+    """
+    length, page_size = q_BLHK.shape[1], pages.kv_NPGK.shape[1]
+    n_kv_heads = pages.kv_NPGK.shape[2] // 2
+    q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
+    positions_BL = start_B[:, None] + jnp.arange(length)
+    per_block = max(1, BLOCK // page_size)
+    n_blocks = -(-tables_BW.shape[1] // per_block)
+    tables_BW = jnp.pad(tables_BW, [(0, 0), (0, n_blocks * per_block - tables_BW.shape[1])])
+    block = per_block * page_size
+
+    def attend(i: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        pages_BW = jax.lax.dynamic_slice_in_dim(tables_BW, i * per_block, per_block, axis=1)
+        k, v = (_joined(x) for x in pages.read(pages_BW, q_BLHK.dtype))
+        seen_BS = i * block + jnp.arange(block) <= positions_BL[:, -1:]
+        v = jnp.where(seen_BS[..., None, None], v, 0)
+        # Without the barrier a compiler may want all pages in the layout that suits the products, and copies them.
+        k, v = jax.lax.optimization_barrier((k, v))
+        return softmax_parts(q_BLGRK, k, v, positions_BL, i * block)
+
+    needed = jnp.minimum((jnp.max(start_B) + length - 1) // block + 1, n_blocks)
+    # The first block holds position 0, which every query sees: its peak is finite, and so is every later one.
+    _, denominator, weighted = jax.lax.fori_loop(1, needed, lambda i, t: merge(t, attend(i)), attend(0))
+    out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
+    return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
+
+
+def _joined(x_BWPGK: jax.Array) -> jax.Array:
+    """Pages side by side: (B, W, P, G, K) to (B, S, G, K)."""
+    return x_BWPGK.reshape(x_BWPGK.shape[0], -1, *x_BWPGK.shape[3:])

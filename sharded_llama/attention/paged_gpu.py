@@ -1,0 +1,284 @@
+"""Attention over the paged cache on NVIDIA GPUs: a Pallas kernel in the Triton dialect. `paged.py` specifies it.
+
+A program takes the queries of one kv head of one row, so that grouped heads share the keys and values they load, and
+walks over the cached positions that these queries see, a block at a time: a gather of the block's page numbers, then of
+its keys and values, then the online softmax (Milakov and Gimelshein, 2018). Where rows and heads are too few to fill
+the GPU, the positions of a row are split between programs, whose parts are merged afterwards in a fixed order
+(flash decoding: Dao et al., 2023). What a query gives depends on its row and on static shapes alone, bit for bit.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ..errors import ConfigError
+from ..kv_cache import KVPages
+
+N_PROCESSORS = 132  # of an H100 or H200
+PROGRAMS_EACH = 4  # that a processor should have: two run at a time, and unequal rows even out
+MAX_SPLITS = 64
+MIN_TILE = 16  # the least that the matrix units take, in each direction
+NOTHING = float(jnp.finfo(jnp.float32).min)  # peak of no positions: finite, so that no difference of peaks is NaN
+
+
+class Tuning(NamedTuple):
+    """How a program works. Every value changes the speed; `block` and `tile` also the order of sums."""
+
+    block: int  # cached positions of one step, a power of two >= 16
+    num_warps: int
+    num_stages: int  # steps whose loads are under way at a time
+    tile: int = 64  # at most so many queries in a program, a power of two >= 16
+
+
+# Few queries: limited by memory. Three stages of 64 positions are 96 KB of keys and values (bfloat16, K = 128), so that
+# two programs share a processor and hide each other's softmax.
+FEW_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
+# A chunk: limited by the products and by L2. 64 queries are what the matrix units of one group of four warps take.
+MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
+# float32 has no matrix unit: its operands stand in registers, which only small tiles leave room for.
+FULL_PRECISION = Tuning(block=32, num_warps=4, num_stages=2, tile=16)
+
+
+class _Sizes(NamedTuple):
+    """Everything static that the kernel needs."""
+
+    batch: int
+    length: int  # L
+    heads: int  # H
+    kv_heads: int  # G
+    width: int  # K
+    n_pages: int
+    page_size: int
+    table: int  # W
+    block: int
+    tile: int
+    n_tiles: int
+    n_splits: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+def paged_attn_gpu(
+    q_BLHK: jax.Array,
+    pages: KVPages,
+    tables_BW: jax.Array,
+    start_B: jax.Array,
+    *,
+    n_splits: int | None = None,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`paged_attn_reference` in one kernel, which reads no position twice and none that is not visible.
+
+    Args:
+      q_BLHK: bfloat16, float16 or float32. Query l of row b is at position start_B[b] + l.
+      pages: of any type; stored values are cast to q's type, those of an 8-bit cache without loss. Their scales, float32,
+        go to the scores and the probabilities.
+      tables_BW: int32, the row's pages. Numbers beyond the pool may stand after the last page that is needed.
+      start_B: int32. Rows that are not used may have any start.
+      n_splits: programs that share the positions of a row. By default enough to fill the GPU.
+      tuning: by default what suits L and the type.
+      interpret: runs on any platform, slowly.
+
+    Returns (B, L, H, K) in q's dtype. Raises ConfigError for a pool that the kernel cannot address.
+    """
+    batch, length, heads, width = q_BLHK.shape
+    n_pages, page_size, two_kv_heads, _ = pages.kv_NPGK.shape
+    _check_addressable(pages)
+    queries = length * heads // (two_kv_heads // 2)
+    tuning = tuning or _choose_tuning(q_BLHK.dtype, queries)
+    tile = min(tuning.tile, _power_of_two(queries))
+    n_tiles = pl.cdiv(queries, tile)
+    capacity = tables_BW.shape[1] * page_size
+    block = min(tuning.block, _power_of_two(capacity))
+    if n_splits is None:
+        n_splits = _choose_splits(batch * (two_kv_heads // 2) * n_tiles, pl.cdiv(capacity, block))
+    sizes = _Sizes(
+        batch, length, heads, two_kv_heads // 2, width, n_pages, page_size, tables_BW.shape[1], block, tile, n_tiles, n_splits
+    )
+
+    # Flat views, so that one product makes an offset. They are free: all of this is contiguous.
+    n_rows = batch * length * heads
+    if n_splits == 1:
+        out_shape = (jax.ShapeDtypeStruct((n_rows, width), q_BLHK.dtype),)
+    else:
+        part = jax.ShapeDtypeStruct((n_splits * n_rows,), jnp.float32)
+        out_shape = (part, part, jax.ShapeDtypeStruct((n_splits * n_rows, width), jnp.float32))
+    parts = pl.pallas_call(
+        functools.partial(_attend, sizes=sizes),
+        # The kv heads of a row come first: they read neighbouring memory at about the same time.
+        grid=(sizes.kv_heads, n_tiles * n_splits, batch),
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
+        interpret=interpret,
+        name="paged_attention",
+    )(
+        q_BLHK.reshape(n_rows, width),
+        pages.kv_NPGK.reshape(-1, width),
+        None if pages.scale_NPG is None else pages.scale_NPG.reshape(-1),
+        tables_BW.reshape(-1),
+        start_B,
+    )
+    if n_splits == 1:
+        return parts[0].reshape(q_BLHK.shape)
+    return _merge(*parts, start_B, sizes).astype(q_BLHK.dtype)
+
+
+def _attend(
+    q_ref: jax.Ref,  # (B * L * H, K)
+    kv_ref: jax.Ref,  # (N * P * 2G, K)
+    scale_ref: jax.Ref | None,  # (N * P * 2G,)
+    table_ref: jax.Ref,  # (B * W,)
+    start_ref: jax.Ref,  # (B,)
+    *out_refs: jax.Ref,  # the result, like q; or peak, denominator and weighted sum of every split, one after the other
+    sizes: _Sizes,
+) -> None:
+    """One program: kv head x (tile of queries, split of positions) x row."""
+    head, row = pl.program_id(0), pl.program_id(2)
+    tile, split = lax.div(pl.program_id(1), sizes.n_splits), lax.rem(pl.program_id(1), sizes.n_splits)
+    start = start_ref[row]
+    end = _end(start, tile, sizes)
+    first, last = _blocks(end, split, sizes)
+
+    query_M = tile * sizes.tile + jnp.arange(sizes.tile)  # token by token, the heads of the group side by side
+    token_M = lax.div(query_M, sizes.group)
+    position_M = start + token_M
+    at_M = (row * sizes.length + token_M) * sizes.heads + head * sizes.group + lax.rem(query_M, sizes.group)
+    column_K = jnp.arange(_power_of_two(sizes.width))
+    is_query_M = token_M < sizes.length
+    is_query_MK = _mask(is_query_M, column_K, sizes.width)
+
+    @pl.when(first < last)
+    def _() -> None:
+        q_MK = plgpu.load(q_ref.at[at_M[:, None], column_K[None]], mask=is_query_MK, other=0)
+        # float32 must not become TF32; half types have one precision.
+        precision = lax.Precision.HIGHEST if q_MK.dtype == jnp.float32 else None
+        # float16 has few exponents: probability times scale is brought to where they are. A float16 value is at most
+        # 65504, so its scale is below 516.
+        lift = 64.0 if scale_ref is not None and q_MK.dtype == jnp.float16 else 1.0
+        to_log2 = sizes.width**-0.5 * math.log2(math.e)
+
+        def step(i: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+            peak_M, denominator_M, weighted_MK = carry
+            position_S = i * sizes.block + jnp.arange(sizes.block)
+            seen_S = position_S < end
+            seen_SK = _mask(seen_S, column_K, sizes.width)
+            page_S = plgpu.load(
+                table_ref.at[row * sizes.table + lax.div(position_S, sizes.page_size)], mask=seen_S, other=0
+            )
+            page_S = jnp.minimum(jnp.maximum(page_S, 0), sizes.n_pages - 1)  # rows that are not used hold anything
+            place_S = page_S * sizes.page_size + lax.rem(position_S, sizes.page_size)
+            key_S = place_S * (2 * sizes.kv_heads) + 2 * head
+            value_S = key_S + 1
+
+            k_SK, v_SK = (
+                plgpu.load(kv_ref.at[at_S[:, None], column_K[None]], mask=seen_SK, other=jnp.zeros((), kv_ref.dtype))
+                for at_S in (key_S, value_S)
+            )
+            k_SK, v_SK = k_SK.astype(q_MK.dtype), v_SK.astype(q_MK.dtype)
+            scores_MS = plgpu.dot(q_MK, k_SK, trans_b=True, precision=precision) * to_log2
+            if scale_ref is not None:
+                scores_MS *= plgpu.load(scale_ref.at[key_S], mask=seen_S, other=0)[None]
+            scores_MS = jnp.where(position_S[None] <= position_M[:, None], scores_MS, -jnp.inf)
+
+            new_peak_M = jnp.maximum(peak_M, jnp.max(scores_MS, axis=1))
+            kept_M = jnp.exp2(peak_M - new_peak_M)
+            probs_MS = jnp.exp2(scores_MS - new_peak_M[:, None])
+            denominator_M = denominator_M * kept_M + jnp.sum(probs_MS, axis=1)
+            if scale_ref is not None:
+                probs_MS *= plgpu.load(scale_ref.at[value_S], mask=seen_S, other=0)[None] * lift
+            added_MK = plgpu.dot(probs_MS.astype(v_SK.dtype), v_SK, precision=precision)
+            return new_peak_M, denominator_M, weighted_MK * kept_M[:, None] + added_MK
+
+        nothing = (
+            jnp.full((sizes.tile,), NOTHING, jnp.float32),
+            jnp.zeros((sizes.tile,), jnp.float32),
+            jnp.zeros((sizes.tile, column_K.shape[0]), jnp.float32),
+        )
+        peak_M, denominator_M, weighted_MK = lax.fori_loop(first, last, step, nothing)
+        weighted_MK = weighted_MK * (1 / lift)
+        if sizes.n_splits == 1:
+            (out_ref,) = out_refs
+            out_MK = (weighted_MK / denominator_M[:, None]).astype(out_ref.dtype)
+            plgpu.store(out_ref.at[at_M[:, None], column_K[None]], out_MK, mask=is_query_MK)
+        else:
+            peak_ref, denominator_ref, weighted_ref = out_refs
+            part_M = split * (sizes.batch * sizes.length * sizes.heads) + at_M
+            plgpu.store(peak_ref.at[part_M], peak_M, mask=is_query_M)
+            plgpu.store(denominator_ref.at[part_M], denominator_M, mask=is_query_M)
+            plgpu.store(weighted_ref.at[part_M[:, None], column_K[None]], weighted_MK, mask=is_query_MK)
+
+
+def _end(start: jax.Array, tile: jax.Array, sizes: _Sizes) -> jax.Array:
+    """One past the last position that any query of a tile sees."""
+    last_token = jnp.minimum(lax.div((tile + 1) * sizes.tile - 1, sizes.group), sizes.length - 1)
+    return jnp.minimum(start + last_token + 1, sizes.table * sizes.page_size)
+
+
+def _blocks(end: jax.Array, split: jax.Array, sizes: _Sizes) -> tuple[jax.Array, jax.Array]:
+    """The blocks [first, last) of a split: as many in each as go, the remainder in the last ones that have any."""
+    n_blocks = lax.div(end + sizes.block - 1, sizes.block)
+    each = lax.div(n_blocks + sizes.n_splits - 1, sizes.n_splits)
+    return split * each, jnp.minimum((split + 1) * each, n_blocks)
+
+
+def _mask(row_M: jax.Array, column_K: jax.Array, width: int) -> jax.Array:
+    """(M, K) of rows and, where the width is padded, columns that exist."""
+    if column_K.shape[0] == width:
+        return jnp.broadcast_to(row_M[:, None], (row_M.shape[0], width))
+    return row_M[:, None] & (column_K < width)[None]
+
+
+def _merge(peak: jax.Array, denominator: jax.Array, weighted: jax.Array, start_B: jax.Array, sizes: _Sizes) -> jax.Array:
+    """The splits' parts, float32, as one result (B, L, H, K). Splits without a block have written nothing: any bits."""
+    shape = (sizes.n_splits, sizes.batch, sizes.length, sizes.heads)
+    query_LH = (
+        jnp.arange(sizes.length)[:, None] * sizes.group + jnp.arange(sizes.heads) % sizes.group
+    )  # within its kv head, as the kernel numbers them
+    end_BLH = _end(start_B[:, None, None], query_LH // sizes.tile, sizes)
+    split_S = jnp.arange(sizes.n_splits).reshape(-1, 1, 1, 1)
+    first, last = _blocks(end_BLH, split_S, sizes)
+    written = first < last
+    peak = jnp.where(written, peak.reshape(shape), NOTHING)
+    denominator = jnp.where(written, denominator.reshape(shape), 0)
+    weighted = jnp.where(written[..., None], weighted.reshape(*shape, sizes.width), 0)
+    part = jnp.exp2(peak - jnp.max(peak, axis=0))
+    # Written out, so that the order of the sums does not depend on how a reduction is compiled.
+    total = sum(denominator[i] * part[i] for i in range(1, sizes.n_splits)) + denominator[0] * part[0]
+    out = sum(weighted[i] * part[i, ..., None] for i in range(1, sizes.n_splits)) + weighted[0] * part[0, ..., None]
+    return out / total[..., None]
+
+
+def _choose_tuning(dtype: jnp.dtype, queries: int) -> Tuning:
+    if dtype == jnp.float32:
+        return FULL_PRECISION
+    return FEW_QUERIES if queries <= MIN_TILE else MANY_QUERIES
+
+
+def _choose_splits(programs: int, n_blocks: int) -> int:
+    """As many as make PROGRAMS_EACH programs for every processor; none has less than a block of the longest row."""
+    return max(1, min(N_PROCESSORS * PROGRAMS_EACH // programs, n_blocks, MAX_SPLITS))
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is not below n, and large enough for the matrix units."""
+    return max(MIN_TILE, 1 << (n - 1).bit_length())
+
+
+def _check_addressable(pages: KVPages) -> None:
+    """Rows of K values are counted in int32. Offsets are made by the lowering: int64 for arrays of more than 2**32 bytes,
+    else int32 that is taken as signed, which an 8-bit pool of 2 to 4 GiB overflows."""
+    size, n_rows = pages.kv_NPGK.size, math.prod(pages.kv_NPGK.shape[:3])
+    if n_rows >= 2**31 or (pages.kv_NPGK.dtype.itemsize == 1 and 2**31 < size <= 2**32):
+        raise ConfigError(
+            f"A layer's pages of shape {pages.kv_NPGK.shape}, {pages.kv_NPGK.dtype}, cannot be addressed by the GPU kernel: "
+            f"it takes fewer than 2**31 keys and values, and of an 8-bit type at most 2**31 bytes or more than 2**32."
+        )

@@ -1,0 +1,122 @@
+"""The engine for a server: one thread steps it, and every request is an asynchronous iterator."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from absl import logging
+
+from ..errors import EngineError
+from ..sampling import SamplingParams
+from .engine import Engine, EngineStats, TokenDelta
+
+
+class AsyncEngine:
+    """Wraps an `Engine`. All methods may be called from any thread or event loop; the engine itself sees one thread."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, Callable[[TokenDelta | Exception], None]] = {}  # seen by the thread alone
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
+    ) -> AsyncIterator[TokenDelta]:
+        """The deltas of one request as they come, of all its n answers.
+
+        Leaving the iteration early, or cancelling the task that iterates, aborts the request. Raises RequestError when
+        it cannot be served, EngineError when the engine is dead or dies.
+        """
+        if self._stopped:
+            raise EngineError("the engine is dead: it was shut down.")
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
+
+        def deliver(delta: TokenDelta | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(deltas.put_nowait, delta)
+            except RuntimeError:  # the loop is closed: nobody is listening any more
+                self._engine.abort(request_id)
+
+        def add() -> None:
+            try:
+                self._engine.add_request(request_id, prompt, params, priority=priority)
+                self._streams[request_id] = deliver
+            except Exception as error:  # it belongs to whoever asked
+                deliver(error)
+
+        unfinished = params.n
+        self._calls.put(add)
+        try:
+            while unfinished:
+                delta = await deltas.get()
+                if isinstance(delta, Exception):
+                    unfinished = 0
+                    raise delta
+                unfinished -= delta.finish_reason is not None
+                if delta.error:
+                    unfinished = 0
+                    raise EngineError(delta.error)
+                yield delta
+        finally:
+            if unfinished:
+                self._calls.put(lambda: self._abort(request_id))
+
+    async def stats(self) -> EngineStats:
+        """The engine's statistics between two steps."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[EngineStats] = loop.create_future()
+
+        def report() -> None:
+            stats = self._engine.stats()
+            loop.call_soon_threadsafe(lambda: future.done() or future.set_result(stats))
+
+        if self._stopped:
+            raise EngineError("the engine is dead: it was shut down.")
+        self._calls.put(report)
+        return await future
+
+    def shutdown(self) -> None:
+        """Ends every request with an error and the thread after its current step."""
+        if not self._stopped:
+            self._stopped = True
+            self._calls.put(None)
+            self._thread.join()
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._engine.abort(request_id)
+
+    def _loop(self) -> None:
+        while True:
+            # Without work the thread sleeps until there is a call.
+            while not self._calls.empty() or not self._engine.has_unfinished:
+                call = self._calls.get()
+                if call is None:
+                    self._end(EngineError("the engine is dead: it was shut down."))
+                    return
+                call()
+            try:
+                deltas = self._engine.step()
+            except Exception as error:  # what it carried has ended already; nothing may wait for ever
+                logging.exception("the engine's thread failed")
+                self._end(error)
+                continue
+            finished: dict[str, int] = {}
+            for delta in deltas:
+                if deliver := self._streams.get(delta.request_id):
+                    deliver(delta)
+                finished[delta.request_id] = finished.get(delta.request_id, 0)
+            for request_id in finished:
+                if not self._engine.is_unfinished(request_id):
+                    self._streams.pop(request_id, None)
+
+    def _end(self, error: Exception) -> None:
+        for deliver in self._streams.values():
+            deliver(error)
+        self._streams.clear()
+        self._engine.shutdown()

@@ -1,0 +1,313 @@
+"""The engine: requests of token ids in, tokens out as they come, with the mesh kept full.
+
+Each `step` plans and queues one dispatch and then reads the one before, so that the device works on while the host
+plans. In a run of several processes the engine of process 0 decides, and those of the others `follow`.
+"""
+
+import collections
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from ..attention import choose_backend
+from ..config import LlamaConfig
+from ..errors import EngineError, RequestError
+from ..kv_cache import PAGE_SIZE
+from ..sampling import Sampled, SamplingParams
+from ..sharding import DATA
+from ..weights import XfmrWeights
+from .compilation import use_compilation_cache
+from .lockstep import Lockstep
+from .memory import plan_pages
+from .options import EngineOptions, check_options, pages_per_sequence, sizes_of
+from .packing import Packer
+from .runner import Runner
+from .scheduler import Plan, Scheduler, SchedulerConfig, SchedulerStats
+from .sequence import Sequence
+
+MAX_REQUESTS = 1 << 20  # unfinished at a time: bounds the host's memory
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a token among the raw logits, its rank (1: the most likely), and the most likely tokens'."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), as many as were asked for
+
+
+class TokenDelta(NamedTuple):
+    """What one step added to one answer."""
+
+    request_id: str
+    index: int  # which of the n answers
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None  # of these tokens, if the request asked for them
+    finish_reason: str | None  # set on the last: "stop", "length", "abort" or "error"
+    error: str | None = None
+
+
+@dataclasses.dataclass
+class StepSeconds:
+    """Where the engine's time went: planning, queueing work on the device, waiting for it and reading."""
+
+    steps: int = 0
+    plan_s: float = 0.0
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
+    new_tokens: int = 0
+
+
+class EngineStats(NamedTuple):
+    scheduler: SchedulerStats
+    seconds: StepSeconds
+    n_compiled: int  # executables so far
+
+
+class _Flight(NamedTuple):
+    """Work that is queued on the device and not read yet."""
+
+    plan: Plan
+    columns: np.ndarray
+    sampled: Sampled
+
+
+class Engine:
+    """Continuous batching of one model on one mesh. Used from one thread; `AsyncEngine` makes it usable from many."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh: Mesh,
+        weights: XfmrWeights,
+        options: EngineOptions | None = None,
+        *,
+        attention: str | None = None,
+        progress: bool = True,
+    ):
+        """Computes how many pages the memory holds, compiles every step and makes the cache.
+
+        Raises ConfigError for options that contradict the model, the mesh or its memory.
+        """
+        options = EngineOptions() if options is None else options
+        check_options(options, config)
+        use_compilation_cache()
+        self.config, self.mesh, self.options = config, mesh, options
+        self.sizes = sizes_of(options, mesh)
+        backend = choose_backend(config, mesh.devices.flat[0], attention)
+        start = time.perf_counter()
+        budget = plan_pages(config, mesh, weights, backend, options, self.sizes)
+        logging.info("memory plan: %.1f s", time.perf_counter() - start)
+        self.max_model_len = budget.max_model_len
+        self.runner = Runner(
+            config,
+            mesh,
+            weights,
+            backend=backend,
+            sizes=self.sizes,
+            n_pages=budget.n_pages,
+            table_width=pages_per_sequence(budget.max_model_len),
+            kv_dtype=options.kv_cache_dtype,
+        )
+        if options.compile_ahead:
+            self.runner.compile_all(progress)
+        self.runner.start()
+        n_shards = mesh.shape[DATA]
+        self._packer = Packer(self.sizes, n_shards, budget.n_pages)
+        self._lockstep = Lockstep(self.sizes, n_shards) if jax.process_count() > 1 else None
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                n_shards=n_shards,
+                slots_per_shard=self.sizes.slots,
+                pages_per_shard=budget.n_pages,
+                page_size=PAGE_SIZE,
+                max_model_len=budget.max_model_len,
+                block=self.sizes.block,
+                max_blocks=self.sizes.max_blocks,
+                max_batched_tokens=self.sizes.max_tokens,
+                decode_steps=self.sizes.decode_steps,
+                prefix_caching=options.enable_prefix_caching,
+            )
+        )
+        self._in_flight: collections.deque[_Flight] = collections.deque()
+        self._sequences: dict[str, list[Sequence]] = {}  # unfinished requests
+        self._aborted: list[TokenDelta] = []
+        self._arrivals = 0
+        self._dead: str | None = None
+        self._seed = secrets.randbits(63) if options.seed is None else options.seed
+        self.seconds = StepSeconds()
+
+    def add_request(self, request_id: str, prompt: Seq[int], params: SamplingParams, *, priority: int = 0) -> None:
+        """Takes a request; smaller `priority` first, then by arrival. Its tokens come from `step`.
+
+        Raises RequestError for what can never be served, EngineError when the engine is dead or shut down.
+        """
+        self._check_alive()
+        prompt = self.check_prompt(prompt)
+        if request_id in self._sequences:
+            raise RequestError(f"request {request_id!r} is being served already; give every request an id of its own.")
+        if len(self._sequences) >= MAX_REQUESTS:
+            raise RequestError(f"{MAX_REQUESTS} requests are waiting already; send this one later.")
+        stop = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
+        seed = self._seed + self._arrivals if params.seed is None else params.seed
+        leader, sequences = None, []
+        for index in range(params.n):
+            sequence = Sequence(
+                request_id=request_id,
+                index=index,
+                prompt=prompt,
+                max_tokens=min(params.max_tokens, self.max_model_len - len(prompt)),
+                stop_token_ids=stop,
+                priority=priority,
+                arrival=self._arrivals,
+                params=dataclasses.replace(params, seed=(seed + index) % 2**64),
+                leader=leader,
+            )
+            leader = leader or sequence
+            self._arrivals += 1
+            self._scheduler.add(sequence)
+            sequences.append(sequence)
+        self._sequences[request_id] = sequences
+
+    def check_prompt(self, prompt: Seq[int]) -> list[int]:
+        """The prompt as a list. Raises RequestError when it can never be served."""
+        ids = [int(i) for i in prompt]
+        if not ids:
+            raise RequestError("the prompt has no tokens; it needs at least one, such as BOS.")
+        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} tokens.")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but max_model_len={self.max_model_len} must hold the prompt and at "
+                f"least one new token: shorten it to {self.max_model_len - 1} tokens or fewer."
+            )
+        return ids
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request now; `step` gives its last delta. Unknown ids, which may just have finished, are ignored."""
+        sequences = self._sequences.pop(request_id, [])
+        unfinished = [s for s in sequences if s.finish_reason is None]
+        self._scheduler.abort(request_id)
+        self._aborted += [TokenDelta(request_id, s.index, (), None, "abort") for s in unfinished]
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether `step` still has something to say of this request."""
+        return request_id in self._sequences
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences or self._aborted or self._in_flight)
+
+    def step(self) -> list[TokenDelta]:
+        """Queues the next dispatch and gives what the one before it brought; empty when there is nothing to do.
+
+        When a step fails, every request that the engine has ends with an error, and the engine is dead.
+        """
+        self._check_alive()
+        deltas, self._aborted = self._aborted, []
+        try:
+            deltas += self._step()
+        except Exception as error:  # whatever the device or the runtime raises
+            deltas += self._die(error)
+        return deltas
+
+    def _step(self) -> list[TokenDelta]:
+        start = time.perf_counter()
+        plan = self._scheduler.schedule()
+        packed = None if plan is None else self._packer.pack(plan)
+        planned = time.perf_counter()
+        if packed is not None:
+            for work in packed.works:
+                if self._lockstep:
+                    self._lockstep.send(work)
+                sampled = self.runner.execute(work)
+            self._in_flight.append(_Flight(plan, packed.columns, sampled))
+        dispatched = time.perf_counter()
+        new: list[TokenDelta] = []
+        if self._in_flight and (packed is None or len(self._in_flight) > 1):
+            new = self._read(self._in_flight.popleft())
+        seconds = self.seconds
+        seconds.steps += packed is not None
+        seconds.plan_s += planned - start
+        seconds.dispatch_s += dispatched - planned
+        seconds.wait_s += time.perf_counter() - dispatched
+        seconds.new_tokens += sum(len(d.token_ids) for d in new)
+        return new
+
+    def _read(self, flight: _Flight) -> list[TokenDelta]:
+        """Waits for a step's tokens and hands them to the scheduler, which says what they mean."""
+        n_steps = flight.plan.n_steps
+        sampled = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
+        if n_steps == 1:
+            sampled = Sampled(*(None if x is None else x[None] for x in sampled))
+        tokens = sampled.tokens_R[:, flight.columns]
+        column_of = {id(s): c for s, c in zip(flight.plan.rows, flight.columns.tolist(), strict=True)}
+        deltas = []
+        for sequence, new in self._scheduler.update(flight.plan, tokens):
+            wanted = sequence.params.logprobs
+            logprobs = None if wanted is None else _logprobs(sampled, column_of[id(sequence)], len(new), wanted)
+            deltas.append(TokenDelta(sequence.request_id, sequence.index, tuple(new), logprobs, sequence.finish_reason))
+            if sequence.finish_reason:
+                self._forget(sequence)
+        return deltas
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequences = self._sequences.get(sequence.request_id)
+        if sequences and all(s.finish_reason for s in sequences):
+            del self._sequences[sequence.request_id]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self._scheduler.stats(), dataclasses.replace(self.seconds), self.runner.n_compiled)
+
+    def follow(self) -> None:
+        """In every process but 0: executes what process 0 sends until it calls `release`."""
+        recent: collections.deque[Sampled] = collections.deque()
+        while (work := self._lockstep.receive()) is not None:
+            sampled = self.runner.execute(work)
+            if sampled is not None:
+                recent.append(sampled)
+            if len(recent) > 2:  # the queue on the device stays as short as in process 0
+                jax.block_until_ready(recent.popleft())
+
+    def release(self) -> None:
+        """In process 0: lets the others go on after their `follow`."""
+        if self._lockstep:
+            self._lockstep.send(None)
+
+    def shutdown(self) -> None:
+        """Frees the cache; the engine cannot be used after that."""
+        self._dead = self._dead or "it was shut down"
+        self._in_flight.clear()
+        self._sequences.clear()
+        self.runner.state = None
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineError(f"the engine is dead: {self._dead}.")
+
+    def _die(self, error: Exception) -> list[TokenDelta]:
+        self._dead = f"a step failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        logging.error("the engine is dead: %s", self._dead, exc_info=error)
+        unfinished = [s for sequences in self._sequences.values() for s in sequences if s.finish_reason is None]
+        self._sequences.clear()
+        self._in_flight.clear()
+        return [TokenDelta(s.request_id, s.index, (), None, "error", self._dead) for s in unfinished]
+
+
+def _logprobs(sampled: Sampled, column: int, n_tokens: int, wanted: int) -> tuple[TokenLogprob, ...]:
+    result = []
+    for i in range(n_tokens):
+        top: tuple[tuple[int, float], ...] = ()
+        if wanted:
+            ids, values = sampled.top_tokens_RJ[i, column, :wanted], sampled.top_logprobs_RJ[i, column, :wanted]
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        result.append(TokenLogprob(float(sampled.logprobs_R[i, column]), int(sampled.ranks_R[i, column]), top))
+    return tuple(result)

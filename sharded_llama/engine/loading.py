@@ -1,0 +1,123 @@
+"""From the name of a checkpoint to a model in its mesh."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from ..attention import choose_backend
+from ..checkpoint import CheckpointSource, hub, load_weights, open_checkpoint
+from ..config import LlamaConfig
+from ..errors import ConfigError, RequestError, TokenizerError
+from ..hf_config import read_generation_config
+from ..mesh import check_mesh, default_mesh
+from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer.chat import ChatTemplate, load_chat_template
+from ..weights import XfmrWeights
+
+DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in its mesh, with what its checkpoint says of how to use it."""
+
+    config: LlamaConfig
+    mesh: Mesh
+    weights: XfmrWeights
+    tokenizer: Tokenizer | None = None
+    sampling_defaults: dict[str, Any] | None = None  # SamplingParams fields; None: greedy
+    chat_template: ChatTemplate | None = None
+
+
+def load_model(
+    checkpoint: str | Path | CheckpointSource,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    rope_factor: float | None = None,
+    skip_tokenizer: bool = False,
+    progress: bool = True,
+) -> LoadedModel:
+    """Reads a checkpoint straight into its shards.
+
+    Args:
+      checkpoint: folder in any format that `open_checkpoint` knows, name of a repository of the Hugging Face hub such
+        as "meta-llama/Llama-3.2-1B", "demo" for the small model that comes with the package, or what
+        `open_checkpoint` gave.
+      mesh: from `make_mesh`; default: all devices (`default_mesh`).
+      dtype: of weights, activations and cache, such as "float32"; default: the checkpoint's.
+      attention: backend that will be used; a mistake shows before the weights are read.
+      rope_factor: of a Meta checkpoint with scaled rotary embeddings; default: see `meta_config.read_config`.
+      skip_tokenizer: prompts will be token ids; the folder needs no tokenizer.
+      progress: shows a progress bar on a terminal.
+
+    Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong.
+    """
+    start = time.perf_counter()
+    source = checkpoint
+    if not isinstance(checkpoint, str | Path) and rope_factor is not None:
+        raise ConfigError("rope_factor belongs to opening the checkpoint: open_checkpoint(folder, rope_factor=...).")
+    if isinstance(checkpoint, str | Path):
+        source = open_checkpoint(checkpoint_folder(checkpoint), rope_factor=rope_factor)
+    folder = Path(source.location)
+    config = source.read_config()
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
+    mesh = default_mesh(config) if mesh is None else mesh
+    check_mesh(config, mesh)
+    check_dtype(config)
+    choose_backend(config, mesh.devices.flat[0], attention)
+    tokenizer = None if skip_tokenizer else open_tokenizer(folder, config)
+    template = None if skip_tokenizer else load_chat_template(folder)
+    defaults = read_generation_config(folder)
+    if not defaults.pop("do_sample"):
+        defaults = {"temperature": 0.0}
+    logging.info("config and tokenizer: %.1f s", time.perf_counter() - start)
+    start = time.perf_counter()
+    weights = load_weights(source, config, mesh=mesh, progress=progress)
+    logging.info("weights: %.1f s", time.perf_counter() - start)
+    logging.info("mesh data:%d,model:%d, %s", *mesh.shape.values(), config.dtype)
+    return LoadedModel(config, mesh, weights, tokenizer, defaults, template)
+
+
+def open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. Raises TokenizerError when there is none, or it is of another model."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only "
+            f"{config.vocab_size}: they do not belong together."
+        )
+    return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, config: LlamaConfig, text: str) -> list[int]:
+    """Token ids of a text: BOS as the tokenizer adds it; of an empty one BOS alone. Raises RequestError without BOS."""
+    if text:
+        return tokenizer.encode(text, bos=tokenizer.adds_bos)
+    bos_id = config.bos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if bos_id is None:
+        raise RequestError("the prompt is empty and the model has no BOS token to start from; give a prompt.")
+    return [bos_id]
+
+
+def check_dtype(config: LlamaConfig) -> None:
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("float64 needs jax.config.update('jax_enable_x64', True) before the model is loaded.")
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: "demo" is the small model that comes with the package; a hub name is downloaded."""
+    return DEMO_CHECKPOINT if str(name) == "demo" else hub.resolve(_expanded(name))
+
+
+def _expanded(name: str | Path) -> str | Path:
+    """A name with ~ replaced by the home folder, which shells do not do after --checkpoint=."""
+    return os.path.expanduser(name) if isinstance(name, str) else name.expanduser()

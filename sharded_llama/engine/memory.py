@@ -1,0 +1,131 @@
+"""How many pages the memory has room for: computed from what the device, the weights and the compiled steps say."""
+
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ..config import LlamaConfig
+from ..errors import ConfigError
+from ..kv_cache import PAGE_SIZE, page_bytes
+from ..weights import XfmrWeights, abstract_weights
+from .options import EngineOptions, Sizes, pages_per_sequence
+from .runner import Runner
+
+CPU_BYTES = 1 << 30  # of the cache over the whole mesh, where nothing else is said
+JAX_FRACTION = 0.75  # share of a GPU that JAX takes when XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
+FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+SPARE = 1.1  # temporaries are measured on a model of few layers; the whole one may order its steps a little differently
+
+
+class PageBudget(NamedTuple):
+    """Per data shard: pages, and the longest sequence that is served."""
+
+    n_pages: int
+    max_model_len: int
+
+
+def plan_pages(
+    config: LlamaConfig, mesh: Mesh, weights: XfmrWeights, backend: str, options: EngineOptions, sizes: Sizes
+) -> PageBudget:
+    """Raises ConfigError, saying what would fit, when the memory cannot hold one sequence of `max_model_len`."""
+    of_page = page_bytes(config, mesh, options.kv_cache_dtype)
+    wanted_len = options.max_model_len or config.max_seq_len
+    if options.num_pages:
+        n_pages, origin = options.num_pages, f"num_pages={options.num_pages}"
+    else:
+        device = mesh.local_devices[0]
+        stats = device.memory_stats()
+        on_accelerator = device.platform != "cpu" and stats and "bytes_limit" in stats
+        if on_accelerator and options.kv_cache_bytes is None:
+            free, origin = _free_on_accelerator(config, mesh, weights, backend, options, sizes, stats)
+        else:
+            total = options.kv_cache_bytes or CPU_BYTES
+            free, origin = total // mesh.size, f"kv_cache_bytes={total}"
+        # A pool larger than every slot at its longest holds nothing but old prefixes; on CPU that would only cost.
+        most = 2 * sizes.slots * pages_per_sequence(wanted_len)
+        n_pages = min(free // of_page, most if device.platform == "cpu" else free // of_page)
+    if jax.process_count() > 1:  # every process must plan the same
+        n_pages = int(np.min(multihost_utils.process_allgather(np.int64(n_pages))))
+    fits = n_pages * PAGE_SIZE
+    if fits < 2 or (options.max_model_len and fits < options.max_model_len):
+        raise ConfigError(
+            f"max_model_len={wanted_len} needs {pages_per_sequence(wanted_len)} pages of {PAGE_SIZE} tokens, but "
+            f"{origin} holds {max(0, n_pages)}: at most max_model_len={max(0, fits)} would fit. Lower it, use an 8-bit "
+            "kv_cache_dtype or a larger mesh, or give the cache more memory."
+        )
+    max_model_len = min(wanted_len, fits)
+    if max_model_len < wanted_len:
+        logging.warning("the cache holds sequences of %d tokens, fewer than the model's %d", max_model_len, wanted_len)
+    data = mesh.shape["data"]
+    logging.info(
+        "cache: %d tokens (%d full-length sequences of %d) in %.2f GB per device, %s",
+        data * fits,
+        data * (n_pages // pages_per_sequence(max_model_len)),
+        max_model_len,
+        n_pages * of_page / 1e9,
+        origin,
+    )
+    return PageBudget(n_pages, max_model_len)
+
+
+def _free_on_accelerator(
+    config: LlamaConfig,
+    mesh: Mesh,
+    weights: XfmrWeights,
+    backend: str,
+    options: EngineOptions,
+    sizes: Sizes,
+    stats: dict[str, int],
+) -> tuple[int, str]:
+    """Bytes of a device that are left for pages, and in words where they come from."""
+    limit, total = stats["bytes_limit"], stats["bytes_limit"]
+    if mesh.devices.flat[0].platform == "gpu":
+        total = int(limit / float(os.environ.get(FRACTION_VARIABLE, JAX_FRACTION)))
+    allowed = int(options.memory_utilization * total)
+    if allowed > limit:
+        logging.warning(
+            "memory_utilization=%.2f asks for %.1f GB of the card, but JAX was started with %.1f GB: set %s before JAX "
+            "starts (the launchers do); it is too late for this process.",
+            *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLE),
+        )
+    used = max(stats["bytes_in_use"], _bytes_on_device(weights, mesh))
+    temporaries = int(SPARE * _temporary_bytes(config, mesh, backend, options, sizes))
+    free = min(allowed, limit) - used - temporaries
+    origin = (
+        f"of {min(allowed, limit) / 1e9:.1f} GB {used / 1e9:.1f} are in use and {temporaries / 1e9:.2f} kept for "
+        "temporaries"
+    )
+    return max(0, free), origin
+
+
+def _bytes_on_device(weights: XfmrWeights, mesh: Mesh) -> int:
+    device = mesh.local_devices[0]
+    return sum(
+        shard.data.nbytes for x in jax.tree.leaves(weights) for shard in x.addressable_shards if shard.device == device
+    )
+
+
+def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: EngineOptions, sizes: Sizes) -> int:
+    """What the largest step takes beside weights and pages, by compiling it for a model of two layers.
+
+    One layer's temporaries are free again when the next one starts, so that more layers do not need more.
+    """
+    few = config.replace(n_layers=min(2, config.n_layers))
+    max_model_len = options.max_model_len or config.max_seq_len
+    trial = Runner(
+        few,
+        mesh,
+        abstract_weights(few, mesh),
+        backend=backend,
+        sizes=sizes,
+        n_pages=pages_per_sequence(max_model_len),
+        table_width=pages_per_sequence(max_model_len),
+        kv_dtype=options.kv_cache_dtype,
+    )
+    trial.compile_largest()
+    return trial.temporary_bytes()

@@ -1,0 +1,145 @@
+"""How an engine is sized: what a user may set, and what follows for a model on a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..config import LlamaConfig
+from ..errors import ConfigError
+from ..kv_cache import PAGE_SIZE, cache_dtype
+from ..sharding import DATA
+from .steps import StepShape
+
+BLOCK = 16  # tokens in a row of a prompt's chunk
+# Defaults per data shard: on accelerators a decode step of 256 rows costs little more than one of 64; on CPUs every row
+# costs, and compiling for many shapes would take longer than the answers.
+ACCELERATOR = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
+CPU = {"max_num_seqs": 16, "max_num_batched_tokens": 512}
+LIMITS = {"max_num_seqs": 65_536, "max_num_batched_tokens": 1 << 20, "decode_steps": 64, "num_pages": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a user may set of an engine; the names are vLLM's where it has them.
+
+    Raises ConfigError, naming the option, for values out of bounds.
+    """
+
+    max_model_len: int | None = None  # longest prompt and answer together; default: the model's, or what memory holds
+    max_num_seqs: int | None = None  # sequences that run at the same time, over all data shards
+    max_num_batched_tokens: int | None = None  # tokens of one step, over all data shards
+    enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"  # auto: the model's type
+    memory_utilization: float = 0.9  # share of an accelerator's memory for weights, cache and temporaries
+    kv_cache_bytes: int | None = None  # of the cache over the whole mesh; default on CPU: 1 GiB
+    num_pages: int | None = None  # pages of each data shard, in place of what memory allows
+    deterministic: bool = False  # bitwise the same answers in any company
+    decode_steps: int | None = None  # decode steps of one dispatch where nothing waits
+    seed: int | None = None  # of requests that have none; default: a fresh one
+    compile_ahead: bool = True  # False: steps are compiled when they are first needed
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages"):
+            self._check_count(name)
+        self._check_count("decode_steps")
+        utilization = self.memory_utilization
+        if isinstance(utilization, bool) or not isinstance(utilization, int | float) or not 0 < utilization <= 1:
+            raise ConfigError(f"memory_utilization={utilization!r} must be a number above 0 and at most 1.")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number.")
+
+    def _check_count(self, name: str) -> None:
+        value, limit = getattr(self, name), LIMITS.get(name, 1 << 62)
+        if value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise ConfigError(f"{name}={value!r} must be a whole number from 1 to {limit}.")
+
+    @classmethod
+    def make(cls, **given: Any) -> "EngineOptions":
+        """Raises ConfigError for an option that there is not."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ConfigError(f"unknown engine option {unknown[0]!r}; there are: {', '.join(names)}.")
+        return cls(**given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static sizes of an engine, each per data shard."""
+
+    slots: int  # sequences that run at the same time
+    max_tokens: int  # tokens of one step
+    block: int  # tokens of a chunk's row
+    max_blocks: int  # chunk rows of one step
+    decode_steps: int
+    shapes: tuple[StepShape, ...]  # of every step that is ever run, smallest first
+
+    def shape_for(self, n_single: int, n_blocks: int) -> StepShape:
+        """The smallest shape with room for these rows."""
+        fitting = (s for s in self.shapes if s.n_single >= n_single and s.n_blocks >= n_blocks)
+        return min(fitting, key=lambda s: s.n_tokens)
+
+
+def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
+    """What the options mean on a mesh. Raises ConfigError when they contradict one another."""
+    data = mesh.shape[DATA]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    defaults = CPU if on_cpu else ACCELERATOR
+    slots = -(-(options.max_num_seqs or data * defaults["max_num_seqs"]) // data)
+    max_tokens = options.max_num_batched_tokens
+    max_tokens = (
+        max(slots + BLOCK, defaults["max_num_batched_tokens"]) if max_tokens is None else -(-max_tokens // data)
+    )
+    if options.deterministic:
+        # One shape for everything: each token is a row of its own, and a step has as many as sequences may run.
+        if options.max_num_batched_tokens is None:
+            max_tokens = max(slots, 16)
+        if options.decode_steps not in (None, 1):
+            raise ConfigError("deterministic=True runs one step at a time: leave decode_steps out.")
+        if max_tokens < slots:
+            raise ConfigError(_too_few(max_tokens * data, slots * data, slots * data))
+        shapes = (StepShape(max_tokens, 0, 1),)
+        return Sizes(slots, max_tokens, 1, max_tokens, 1, shapes)
+    if max_tokens < slots + BLOCK:
+        raise ConfigError(_too_few(max_tokens * data, slots * data, (slots + BLOCK) * data))
+    max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
+    max_tokens = slots + max_blocks * BLOCK
+    singles = sorted({1, *(2**i for i in range(3, 20) if 2**i < slots), slots})
+    mixed_singles = sorted({slots if slots <= 16 else 1, slots})
+    mixed_blocks = sorted({max(1, max_blocks // 8), max_blocks})
+    shapes = [StepShape(n, 0, 1) for n in singles]
+    shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
+    decode_steps = options.decode_steps or (4 if on_cpu else 1)
+    return Sizes(slots, max_tokens, BLOCK, max_blocks, decode_steps, tuple(shapes))
+
+
+def _too_few(given: int, seqs: int, least: int) -> str:
+    return (
+        f"max_num_batched_tokens={given} is too few for max_num_seqs={seqs}: every running sequence takes one token of "
+        f"a step, and prompts need some more; give at least {least}, or fewer sequences."
+    )
+
+
+def check_options(options: EngineOptions, config: LlamaConfig) -> None:
+    """Raises ConfigError for what contradicts the model."""
+    cache_dtype(config, options.kv_cache_dtype)
+    if options.max_model_len is not None and options.max_model_len > config.max_seq_len:
+        raise ConfigError(
+            f"max_model_len={options.max_model_len} is beyond the context of {config.max_seq_len} tokens that the "
+            "model was made for."
+        )
+    if options.max_model_len is not None and options.max_model_len < 2:
+        raise ConfigError("max_model_len=1 has no room for a prompt and an answer; give at least 2.")
+
+
+def pages_per_sequence(max_model_len: int) -> int:
+    return -(-max_model_len // PAGE_SIZE)
+
+
+def platform_of(mesh: Mesh) -> str:
+    device: jax.Device = mesh.devices.flat[0]
+    return device.platform
