@@ -32,6 +32,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "jax>=0.10.2",
+        "jinja2>=3.1.6",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
@@ -41,7 +42,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "server": ["fastapi>=0.115", "jinja2>=3.1.6", "prometheus_client>=0.20", "uvicorn>=0.30"],
+        "server": ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "meta": META,
         "orbax": ORBAX,
         "hub": HUB,

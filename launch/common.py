@@ -15,7 +15,9 @@ from ml_collections import config_flags
 from sharded_llama.attention import BACKENDS
 from sharded_llama.checkpoint import CheckpointSource, open_checkpoint
 from sharded_llama.config import DTYPES, LlamaConfig, check_matches
-from sharded_llama.engine.llm import LLM, checkpoint_folder, load
+from sharded_llama.engine.llm import LLM
+from sharded_llama.engine.loading import checkpoint_folder
+from sharded_llama.engine.memory import FRACTION_VARIABLE
 from sharded_llama.errors import ConfigError, MeshError, ShardedLlamaError
 from sharded_llama.mesh import default_mesh, make_mesh, parse_mesh, simulate_cpu_devices, start_distributed
 
@@ -46,6 +48,7 @@ COORDINATOR = flags.DEFINE_string(
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of a multi-process run.", 1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.", 0)
 
+GPU_FRACTION = "0.95"  # of a GPU's memory for JAX; the rest is for the driver and its libraries
 CONFIGS = Path(__file__).parent.parent / "configs"  # in a checkout and in the installed package alike
 
 
@@ -114,6 +117,8 @@ def _find_config(arg: str) -> str:
 def _start_jax() -> None:
     if SIMULATE_DEVICES.value:
         simulate_cpu_devices(SIMULATE_DEVICES.value)
+    # By itself JAX takes three quarters of a GPU.
+    os.environ.setdefault(FRACTION_VARIABLE, GPU_FRACTION)
     if COORDINATOR.value:
         _keep_stdout_to_ourselves()
     start_distributed(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -167,7 +172,7 @@ def load_model(source: CheckpointSource | None = None, **kwargs: Any) -> LLM:
     """The model of the flags, in its mesh: of `source` if the checkpoint is open already."""
     source = open_source() if source is None else source
     mesh = choose_mesh(source.read_config())
-    return load(source, mesh=mesh, dtype=DTYPE.value, attention=ATTENTION.value, **kwargs)
+    return LLM(source, mesh=mesh, dtype=DTYPE.value, attention=ATTENTION.value, **kwargs)
 
 
 def is_main_process() -> bool:

@@ -26,7 +26,8 @@ from sharded_llama.checkpoint.export import stored_dtype
 from sharded_llama.checkpoint.meta.source import is_meta
 from sharded_llama.checkpoint.reader import check_tensors
 from sharded_llama.config import DTYPES, LlamaConfig
-from sharded_llama.engine.llm import LLM, checkpoint_folder, load, open_tokenizer
+from sharded_llama.engine.llm import LLM
+from sharded_llama.engine.loading import checkpoint_folder, open_tokenizer
 from sharded_llama.errors import ParityError, TokenizerError
 from sharded_llama.mesh import broadcast_from_main, check_mesh, make_mesh, parse_mesh
 from sharded_llama.parity.compare import DEFAULT_CHUNK, DEFAULT_NEW_TOKENS, compare
@@ -245,14 +246,14 @@ def choose_second(source: CheckpointSource, config: LlamaConfig, mesh: Mesh) -> 
 
 def load_second(second: Second, source: CheckpointSource, llm: LLM) -> tuple[Reference, str]:
     """The second model in its mesh, and what is expected of a comparison of `llm` with it."""
-    loaded = load(
+    loaded = LLM(
         second.source,
         mesh=second.mesh,
         dtype=second.config.dtype,
         attention=common.ATTENTION.value,
         skip_tokenizer=True,
     )
-    reference = EngineReference(LLM(second.config, second.mesh, loaded.weights, attention=common.ATTENTION.value))
+    reference = EngineReference(loaded)
     if second.config.dtype != llm.config.dtype or stored_dtype(second.source) != stored_dtype(source):
         return reference, NO_BOUND
     return reference, EXACT if second.mesh == llm.mesh and MODE.value != ISOLATED else CONTRACT
@@ -285,7 +286,7 @@ def describe(
     return {
         "checkpoint": located(source),
         "ours": f"{llm.config.dtype}, mesh data:{data},model:{model} on {device.platform} ({device.device_kind}), "
-        f"attention: {llm.steps.backend}, jax {jax.__version__}",
+        f"attention: {llm.backend}, jax {jax.__version__}",
         "reference": f"{reference.dtype}, {reference.made_by}{other}",
         "expected": EXPECTED[expect],
         "tokens": tokens,

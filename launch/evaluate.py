@@ -48,7 +48,7 @@ def main() -> None:
         batch=BATCH.value * llm.mesh.shape[DATA],
         length=length,
         bos_id=bos_id,
-        backend=llm.steps.backend,
+        backend=llm.backend,
     )
     if common.is_main_process():
         print(

@@ -2,8 +2,10 @@ r"""Generates text from a checkpoint.
 
     python -m launch.generate --checkpoint=FOLDER --prompt="Once upon a time"
     python -m launch.generate --config=configs/demo.py --simulate_devices=8 --mesh=data:2,model:4
+    python -m launch.generate --checkpoint=FOLDER --chat
 
-Several prompts run as one batch. The text goes to standard output as it comes, everything else to standard error.
+Several prompts run together. With --chat each line of the terminal is a message, answered as the checkpoint's chat
+template has it; the end of the input (Ctrl-D) ends the conversation. The text goes to standard output as it comes, everything else to standard error.
 """
 
 import json
@@ -13,15 +15,17 @@ from pathlib import Path
 
 from absl import flags
 
-from sharded_llama.engine.llm import LLM, Stream
+from sharded_llama.engine.llm import LLM, Stream, Timings
 from sharded_llama.errors import RequestError
 from sharded_llama.mesh import broadcast_from_main
 from sharded_llama.sampling import SamplingParams
 
-from . import common, prompts as prompt_flags
+from . import common, engine_flags, prompts as prompt_flags
+from .chat import converse
 
 flags.adopt_module_key_flags(common)
 flags.adopt_module_key_flags(prompt_flags)
+flags.adopt_module_key_flags(engine_flags)
 
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.", 1)
 TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the checkpoint's, else 0.")
@@ -30,6 +34,8 @@ TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most likely tokens th
 MIN_P = flags.DEFINE_float("min_p", None, "Drop tokens less likely than this times the most likely one.")
 SEED = flags.DEFINE_integer("seed", None, "Seed of the sampling; default: a new one each time.")
 IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "Generate past end-of-sequence tokens.")
+CHAT = flags.DEFINE_bool("chat", False, "Hold a conversation on the terminal.")
+SYSTEM = flags.DEFINE_string("system", None, "System message of the conversation.")
 OUTPUT = flags.DEFINE_string("output", None, "Write the answers to this file as JSON lines.")
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -90,16 +96,15 @@ class Printer:
         sys.stdout.flush()
 
 
-def summary(llm: LLM, stream: Stream) -> str:
-    t = stream.timings
+def summary(llm: LLM, t: Timings) -> str:
     data, model = llm.mesh.shape.values()
     device = llm.mesh.devices.flat[0]
     return (
         f"{t.prompt_tokens} prompt tokens, {t.new_tokens} new tokens, "
         f"{1e3 * t.first_token_s:.0f} ms to first token, {t.tokens_per_s:.1f} tokens/s "
-        f"(after {t.compile_s:.1f} s of compilation)\n"
+        f"(after {t.start_s:.1f} s of starting the engine)\n"
         f"mesh data:{data},model:{model} on {data * model} {device.platform} devices ({device.device_kind}), "
-        f"{llm.config.dtype}, {llm.steps.backend} attention"
+        f"{llm.config.dtype}, {llm.backend} attention"
     )
 
 
@@ -129,23 +134,42 @@ def read_input() -> list[str]:
 
 
 def main() -> None:
-    # Every process has to run the same prompts; only process 0 needs to have them, and it alone writes.
-    prompts = broadcast_from_main(read_input)
     settings = sampling_settings()
     SamplingParams.make({}, **settings)  # a mistake shows before the model is loaded
-    llm = common.load_model()
-    stream = llm.stream(prompts, **settings)
+    if CHAT.value:
+        check_chat()
+        converse(common.load_model(**engine_flags.engine_options()), SYSTEM.value, settings)
+        return
+    if SYSTEM.value is not None:
+        raise RequestError("--system belongs to a conversation: add --chat.")
+    # Every process has to run the same prompts; only process 0 needs to have them, and it alone writes.
+    prompts = broadcast_from_main(read_input)
+    llm = common.load_model(**engine_flags.engine_options())
+    answer(llm, llm.stream(prompts, **settings), prompts)
+
+
+def check_chat() -> None:
+    """Raises RequestError for flags that do not go with a conversation."""
+    given = {"--prompt": prompt_flags.PROMPT.value, "--prompt_file": prompt_flags.PROMPT_FILE.value}
+    given["--output"] = OUTPUT.value
+    for name, value in given.items():
+        if value:
+            raise RequestError(f"{name} does not go with --chat, which reads messages from the terminal.")
+
+
+def answer(llm: LLM, stream: Stream, prompts: list[str]) -> None:
+    """Prints and writes what a stream brings."""
     printer = Printer(prompts) if common.is_main_process() else None
     texts, tokens, reasons = [""] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
     for event in stream:
         texts[event.request] += event.text
-        tokens[event.request].append(event.token_id)
+        tokens[event.request] += event.token_ids
         reasons[event.request] = event.finish_reason
         if printer:
             printer.add(event.request, event.text, event.finish_reason is not None)
     if not common.is_main_process():
         return
-    print(summary(llm, stream), file=sys.stderr)
+    print(summary(llm, stream.timings), file=sys.stderr)
     if OUTPUT.value:
         fields = ("prompt", "text", "token_ids", "finish_reason")
         rows = zip(prompts, texts, tokens, reasons, strict=True)

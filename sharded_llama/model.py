@@ -76,7 +76,7 @@ def xfmr(
         mesh=mesh,
         in_specs=(_weight_pspecs(weights), SPECS["tokens"], None if dropout is None else SPECS["replicated"]),
         out_specs=SPECS["logits"],
-        check_vma=_check_vma(backend),
+        check_vma=check_vma(backend),
     )
     return sharded(weights, tokens_BL, None if dropout is None else dropout.key)
 
@@ -118,12 +118,12 @@ def xfmr_step(
         mesh=mesh,
         in_specs=(_weight_pspecs(weights), row_specs, SPECS["kv_pages"]),
         out_specs=(SPECS["last_logits"], SPECS["kv_pages"]),
-        check_vma=_check_vma(backend),
+        check_vma=check_vma(backend),
     )
     return sharded(weights, rows, pages)
 
 
-def _check_vma(backend: str) -> bool:
+def check_vma(backend: str) -> bool:
     """Custom calls do not say over which axes their results vary, so the check has to be off with them."""
     return backend not in ("gpu", "tpu")
 

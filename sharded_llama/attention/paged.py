@@ -41,7 +41,7 @@ def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
     n_kv_heads = pages.kv_NPGK.shape[2] // 2
     q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
     positions_BL = start_B[:, None] + jnp.arange(length)
-    per_block = max(1, BLOCK // page_size)
+    per_block = min(max(1, BLOCK // page_size), tables_BW.shape[1])
     n_blocks = -(-tables_BW.shape[1] // per_block)
     tables_BW = jnp.pad(tables_BW, [(0, 0), (0, n_blocks * per_block - tables_BW.shape[1])])
     block = per_block * page_size
@@ -55,9 +55,12 @@ def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
         k, v = jax.lax.optimization_barrier((k, v))
         return softmax_parts(q_BLGRK, k, v, positions_BL, i * block)
 
-    needed = jnp.minimum((jnp.max(start_B) + length - 1) // block + 1, n_blocks)
     # The first block holds position 0, which every query sees: its peak is finite, and so is every later one.
-    _, denominator, weighted = jax.lax.fori_loop(1, needed, lambda i, t: merge(t, attend(i)), attend(0))
+    total = attend(0)
+    if n_blocks > 1:
+        needed = jnp.minimum((jnp.max(start_B) + length - 1) // block + 1, n_blocks)
+        total = jax.lax.fori_loop(1, needed, lambda i, t: merge(t, attend(i)), total)
+    _, denominator, weighted = total
     out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
     return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..kv_cache import KVPages
 
 N_PROCESSORS = 132  # of an H100 or H200
-PROGRAMS_EACH = 4  # that a processor should have: two run at a time, and unequal rows even out
+PROGRAMS_EACH = 4  # that a processor should have: so many of the smallest run at a time
 MAX_SPLITS = 64
 MIN_TILE = 16  # the least that the matrix units take, in each direction
 NOTHING = float(jnp.finfo(jnp.float32).min)  # peak of no positions: finite, so that no difference of peaks is NaN
@@ -32,13 +32,16 @@ class Tuning(NamedTuple):
 
     block: int  # cached positions of one step, a power of two >= 16
     num_warps: int
-    num_stages: int  # steps whose loads are under way at a time
+    num_stages: int  # depth of the pipeline: how far loads run ahead of the products
     tile: int = 64  # at most so many queries in a program, a power of two >= 16
 
 
-# Few queries: limited by memory. Three stages of 64 positions are 96 KB of keys and values (bfloat16, K = 128), so that
-# two programs share a processor and hide each other's softmax.
+# The page numbers, which the loads wait for, take two of the stages: 3 stages have one block under way, 5 have two.
+# Few queries: limited by memory. One block of bfloat16 at K = 128 is 39 KB of shared memory and 116 registers, so that
+# four programs share a processor, and three of them load while one computes.
 FEW_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
+# 8-bit blocks have half the bytes, and casting them takes more registers: more warps, and two blocks under way.
+FEW_QUERIES_8_BIT = Tuning(block=64, num_warps=8, num_stages=5)
 # A chunk: limited by the products and by L2. 64 queries are what the matrix units of one group of four warps take.
 MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
 # float32 has no matrix unit: its operands stand in registers, which only small tiles leave room for.
@@ -80,29 +83,42 @@ def paged_attn_gpu(
 
     Args:
       q_BLHK: bfloat16, float16 or float32. Query l of row b is at position start_B[b] + l.
-      pages: of any type; stored values are cast to q's type, those of an 8-bit cache without loss. Their scales, float32,
-        go to the scores and the probabilities.
+      pages: one device's part, of any type. Stored values are cast to q's type, 8-bit ones without loss; their float32
+        scales go to the scores and the probabilities.
       tables_BW: int32, the row's pages. Numbers beyond the pool may stand after the last page that is needed.
       start_B: int32. Rows that are not used may have any start.
-      n_splits: programs that share the positions of a row. By default enough to fill the GPU.
-      tuning: by default what suits L and the type.
+      n_splits: programs that share the positions of a row, at least 1. By default enough to fill the GPU.
+      tuning: by default what suits the number of queries and the types.
       interpret: runs on any platform, slowly.
 
-    Returns (B, L, H, K) in q's dtype. Raises ConfigError for a pool that the kernel cannot address.
+    Returns (B, L, H, K) in q's dtype. What stands in pages where no query looks is not touched. Raises ConfigError for
+    a pool that the kernel cannot address.
     """
     batch, length, heads, width = q_BLHK.shape
-    n_pages, page_size, two_kv_heads, _ = pages.kv_NPGK.shape
+    n_pages, page_size = pages.kv_NPGK.shape[:2]
+    kv_heads = pages.kv_NPGK.shape[2] // 2
     _check_addressable(pages)
-    queries = length * heads // (two_kv_heads // 2)
-    tuning = tuning or _choose_tuning(q_BLHK.dtype, queries)
+    queries = length * heads // kv_heads
+    tuning = tuning or _choose_tuning(q_BLHK.dtype, pages.kv_NPGK.dtype, queries)
     tile = min(tuning.tile, _power_of_two(queries))
     n_tiles = pl.cdiv(queries, tile)
     capacity = tables_BW.shape[1] * page_size
     block = min(tuning.block, _power_of_two(capacity))
     if n_splits is None:
-        n_splits = _choose_splits(batch * (two_kv_heads // 2) * n_tiles, pl.cdiv(capacity, block))
+        n_splits = _choose_splits(batch * kv_heads * n_tiles, pl.cdiv(capacity, block))
     sizes = _Sizes(
-        batch, length, heads, two_kv_heads // 2, width, n_pages, page_size, tables_BW.shape[1], block, tile, n_tiles, n_splits
+        batch=batch,
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        n_pages=n_pages,
+        page_size=page_size,
+        table=tables_BW.shape[1],
+        block=block,
+        tile=tile,
+        n_tiles=n_tiles,
+        n_splits=n_splits,
     )
 
     # Flat views, so that one product makes an offset. They are free: all of this is contiguous.
@@ -115,7 +131,7 @@ def paged_attn_gpu(
     parts = pl.pallas_call(
         functools.partial(_attend, sizes=sizes),
         # The kv heads of a row come first: they read neighbouring memory at about the same time.
-        grid=(sizes.kv_heads, n_tiles * n_splits, batch),
+        grid=(kv_heads, n_tiles * n_splits, batch),
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
@@ -148,11 +164,11 @@ def _attend(
     end = _end(start, tile, sizes)
     first, last = _blocks(end, split, sizes)
 
-    query_M = tile * sizes.tile + jnp.arange(sizes.tile)  # token by token, the heads of the group side by side
+    query_M = tile * sizes.tile + _iota(sizes.tile)  # token by token, the heads of the group side by side
     token_M = lax.div(query_M, sizes.group)
     position_M = start + token_M
     at_M = (row * sizes.length + token_M) * sizes.heads + head * sizes.group + lax.rem(query_M, sizes.group)
-    column_K = jnp.arange(_power_of_two(sizes.width))
+    column_K = _iota(_power_of_two(sizes.width))
     is_query_M = token_M < sizes.length
     is_query_MK = _mask(is_query_M, column_K, sizes.width)
 
@@ -161,14 +177,14 @@ def _attend(
         q_MK = plgpu.load(q_ref.at[at_M[:, None], column_K[None]], mask=is_query_MK, other=0)
         # float32 must not become TF32; half types have one precision.
         precision = lax.Precision.HIGHEST if q_MK.dtype == jnp.float32 else None
-        # float16 has few exponents: probability times scale is brought to where they are. A float16 value is at most
-        # 65504, so its scale is below 516.
+        # float16 has few exponents: probability times scale is brought to where they are. The largest scale, that of
+        # 65504 as int8, is 516, and 64 times that is still finite.
         lift = 64.0 if scale_ref is not None and q_MK.dtype == jnp.float16 else 1.0
         to_log2 = sizes.width**-0.5 * math.log2(math.e)
 
         def step(i: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
             peak_M, denominator_M, weighted_MK = carry
-            position_S = i * sizes.block + jnp.arange(sizes.block)
+            position_S = i * sizes.block + _iota(sizes.block)
             seen_S = position_S < end
             seen_SK = _mask(seen_S, column_K, sizes.width)
             page_S = plgpu.load(
@@ -237,14 +253,15 @@ def _mask(row_M: jax.Array, column_K: jax.Array, width: int) -> jax.Array:
     return row_M[:, None] & (column_K < width)[None]
 
 
-def _merge(peak: jax.Array, denominator: jax.Array, weighted: jax.Array, start_B: jax.Array, sizes: _Sizes) -> jax.Array:
+def _merge(
+    peak: jax.Array, denominator: jax.Array, weighted: jax.Array, start_B: jax.Array, sizes: _Sizes
+) -> jax.Array:
     """The splits' parts, float32, as one result (B, L, H, K). Splits without a block have written nothing: any bits."""
     shape = (sizes.n_splits, sizes.batch, sizes.length, sizes.heads)
-    query_LH = (
-        jnp.arange(sizes.length)[:, None] * sizes.group + jnp.arange(sizes.heads) % sizes.group
-    )  # within its kv head, as the kernel numbers them
+    # A query's number within its kv head, as the kernel counts, tells its tile.
+    query_LH = _iota(sizes.length)[:, None] * sizes.group + _iota(sizes.heads) % sizes.group
     end_BLH = _end(start_B[:, None, None], query_LH // sizes.tile, sizes)
-    split_S = jnp.arange(sizes.n_splits).reshape(-1, 1, 1, 1)
+    split_S = _iota(sizes.n_splits).reshape(-1, 1, 1, 1)
     first, last = _blocks(end_BLH, split_S, sizes)
     written = first < last
     peak = jnp.where(written, peak.reshape(shape), NOTHING)
@@ -252,15 +269,19 @@ def _merge(peak: jax.Array, denominator: jax.Array, weighted: jax.Array, start_B
     weighted = jnp.where(written[..., None], weighted.reshape(*shape, sizes.width), 0)
     part = jnp.exp2(peak - jnp.max(peak, axis=0))
     # Written out, so that the order of the sums does not depend on how a reduction is compiled.
-    total = sum(denominator[i] * part[i] for i in range(1, sizes.n_splits)) + denominator[0] * part[0]
-    out = sum(weighted[i] * part[i, ..., None] for i in range(1, sizes.n_splits)) + weighted[0] * part[0, ..., None]
+    total, out = denominator[0] * part[0], weighted[0] * part[0, ..., None]
+    for i in range(1, sizes.n_splits):
+        total, out = total + denominator[i] * part[i], out + weighted[i] * part[i, ..., None]
     return out / total[..., None]
 
 
-def _choose_tuning(dtype: jnp.dtype, queries: int) -> Tuning:
+def _choose_tuning(dtype: jnp.dtype, kv_dtype: jnp.dtype, queries: int) -> Tuning:
+    """What suits queries of this type and number in a kv head, and pages of this type."""
     if dtype == jnp.float32:
         return FULL_PRECISION
-    return FEW_QUERIES if queries <= MIN_TILE else MANY_QUERIES
+    if queries > MIN_TILE:
+        return MANY_QUERIES
+    return FEW_QUERIES_8_BIT if kv_dtype.itemsize == 1 else FEW_QUERIES
 
 
 def _choose_splits(programs: int, n_blocks: int) -> int:
@@ -273,12 +294,19 @@ def _power_of_two(n: int) -> int:
     return max(MIN_TILE, 1 << (n - 1).bit_length())
 
 
+def _iota(n: int) -> jax.Array:
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def _check_addressable(pages: KVPages) -> None:
-    """Rows of K values are counted in int32. Offsets are made by the lowering: int64 for arrays of more than 2**32 bytes,
-    else int32 that is taken as signed, which an 8-bit pool of 2 to 4 GiB overflows."""
-    size, n_rows = pages.kv_NPGK.size, math.prod(pages.kv_NPGK.shape[:3])
-    if n_rows >= 2**31 or (pages.kv_NPGK.dtype.itemsize == 1 and 2**31 < size <= 2**32):
+    """Raises ConfigError for pages whose places overflow the kernel's integers.
+
+    Keys and values are counted in int32. The lowering makes offsets of elements from that: int64 for an array of more
+    than 2**32 bytes, else int32 taken as signed, which is too small for 8-bit types between 2**31 and 2**32 bytes.
+    """
+    shape, dtype = pages.kv_NPGK.shape, pages.kv_NPGK.dtype
+    if math.prod(shape[:3]) >= 2**31 or (dtype.itemsize == 1 and 2**31 < math.prod(shape) <= 2**32):
         raise ConfigError(
-            f"A layer's pages of shape {pages.kv_NPGK.shape}, {pages.kv_NPGK.dtype}, cannot be addressed by the GPU kernel: "
-            f"it takes fewer than 2**31 keys and values, and of an 8-bit type at most 2**31 bytes or more than 2**32."
+            f"A layer's pages of shape {shape} and type {dtype} cannot be addressed by the GPU kernel. It takes fewer "
+            "than 2**31 keys and values, and 8-bit pages of at most 2**31 bytes or of more than 2**32."
         )

@@ -90,10 +90,10 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         attention: str | None = None,
-        progress: bool = True,
     ):
-        """Computes how many pages the memory holds, compiles every step and makes the cache.
+        """Computes how many pages the memory holds and makes the cache.
 
+        Steps are compiled when they are first needed, or all of them before by `compile`.
         Raises ConfigError for options that contradict the model, the mesh or its memory.
         """
         options = EngineOptions() if options is None else options
@@ -116,8 +116,6 @@ class Engine:
             table_width=pages_per_sequence(budget.max_model_len),
             kv_dtype=options.kv_cache_dtype,
         )
-        if options.compile_ahead:
-            self.runner.compile_all(progress)
         self.runner.start()
         n_shards = mesh.shape[DATA]
         self._packer = Packer(self.sizes, n_shards, budget.n_pages)
@@ -175,6 +173,10 @@ class Engine:
             self._scheduler.add(sequence)
             sequences.append(sequence)
         self._sequences[request_id] = sequences
+
+    def compile(self, progress: bool = True) -> None:
+        """Compiles every step that can be needed, so that nothing is compiled while serving."""
+        self.runner.compile_all(progress)
 
     def check_prompt(self, prompt: Seq[int]) -> list[int]:
         """The prompt as a list. Raises RequestError when it can never be served."""

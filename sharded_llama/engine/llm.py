@@ -79,8 +79,8 @@ class Stream:
 class LLM:
     """A model in its mesh, ready to answer.
 
-    The engine under it (cache, compiled steps) is made by `start`, or when the first answer is asked for; comparing,
-    scoring and saving a model do without.
+    The engine under it, with its cache, is made by `start`, or when the first answer is asked for; comparing, scoring
+    and saving a model do without.
     """
 
     def __init__(
@@ -130,6 +130,13 @@ class LLM:
         mesh = default_mesh(config) if mesh is None else mesh
         return cls(LoadedModel(config, mesh, init_weights(jax.random.key(weights_seed), config, mesh=mesh)), **kwargs)
 
+    def resized(self, **options: Any) -> "LLM":
+        """The same model, sharing the weights, with an engine of its own of other options."""
+        model = LoadedModel(
+            self.config, self.mesh, self.weights, self.tokenizer, self.sampling_defaults, self.chat_template
+        )
+        return LLM(model, attention=self.backend, progress=self.progress, **options)
+
     @property
     def engine(self) -> Engine:
         """The engine, made now if it is not there yet."""
@@ -140,20 +147,21 @@ class LLM:
                 self.weights,
                 self.options,
                 attention=self.backend,
-                progress=self.progress,
             )
         return self._engine
 
     def start(self) -> None:
-        """Makes the engine: plans the memory, compiles every step, allocates the cache.
+        """Makes the engine and compiles every step that can be needed, so that nothing is compiled while it answers.
 
-        Raises ConfigError, saying what would fit, when the memory is too small.
+        Without it a step is compiled when it is first needed: sooner done for a single answer. Raises ConfigError,
+        saying what would fit, when the memory is too small.
         """
-        _ = self.engine
+        self.engine.compile(self.progress)
 
     def shutdown(self) -> None:
         """Frees the cache. The weights stay; what asks for an answer after that raises EngineError."""
-        self.engine.shutdown()
+        if self._engine is not None:
+            self._engine.shutdown()
 
     def generate(
         self,

@@ -38,7 +38,6 @@ class EngineOptions:
     deterministic: bool = False  # bitwise the same answers in any company
     decode_steps: int | None = None  # decode steps of one dispatch where nothing waits
     seed: int | None = None  # of requests that have none; default: a fresh one
-    compile_ahead: bool = True  # False: steps are compiled when they are first needed
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages"):
@@ -108,9 +107,10 @@ def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
         raise ConfigError(_too_few(max_tokens * data, slots * data, (slots + BLOCK) * data))
     max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
     max_tokens = slots + max_blocks * BLOCK
-    singles = sorted({1, *(2**i for i in range(3, 20) if 2**i < slots), slots})
+    between = () if on_cpu else (2**i for i in range(3, 20) if 2**i < slots)
+    singles = sorted({1, *between, slots})
     mixed_singles = sorted({slots if slots <= 16 else 1, slots})
-    mixed_blocks = sorted({max(1, max_blocks // 8), max_blocks})
+    mixed_blocks = sorted({max_blocks // 8 or max_blocks, max_blocks})
     shapes = [StepShape(n, 0, 1) for n in singles]
     shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
     decode_steps = options.decode_steps or (4 if on_cpu else 1)

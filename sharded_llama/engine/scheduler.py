@@ -142,6 +142,7 @@ class Scheduler:
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished sequences by request and index
         self._waiting: list[Sequence] = []  # in order
         self._forks: dict[Sequence, list[Sequence]] = {}  # leader -> those that wait for its prompt
+        self._led: list[Sequence] = []  # leaders whose prompt is computed by now
         self._computed: list[Sequence] = []  # those with a chunk in the last plan
         self._table_updates: list[tuple[int, int, int, int]] = []  # of the plan in the making
         self._copies: list[tuple[int, int, int]] = []
@@ -211,6 +212,8 @@ class Scheduler:
         self._n_added += 1
         if leader is not None and self._is_unfinished(leader):
             self._forks.setdefault(leader, []).append(seq)
+            if leader.n_computed >= len(leader.prompt):
+                self._led.append(leader)
         else:
             _insert(self._waiting, seq)
 
@@ -276,9 +279,7 @@ class Scheduler:
     def _choose_steps(self) -> int:
         """decode_steps if nothing but decoding can be done, and pages are there for it; else 1."""
         n_steps, page_size = self.config.decode_steps, self.config.page_size
-        if n_steps == 1 or any(shard.prefilling for shard in self._shards):
-            return 1
-        if any(_prompt_computed(leader) for leader in self._forks):
+        if n_steps == 1 or self._led or any(shard.prefilling for shard in self._shards):
             return 1
         if not any(seq.n_computed + 2 < seq.limit for shard in self._shards for seq in shard.decoding):
             return 1
@@ -321,11 +322,10 @@ class Scheduler:
 
     def _place_forks(self) -> None:
         """Puts the forks of each leader whose prompt is computed beside it, or into the queue if there is no room."""
-        for leader in [leader for leader in self._forks if _prompt_computed(leader)]:
-            shard = self._shards[leader.shard]
+        for leader in self._led:
             n_shared, rest = divmod(len(leader.prompt) - 1, self.config.page_size)
-            shared = leader.pages[:n_shared]
-            for seq in self._forks.pop(leader):
+            shard, shared = self._shards[leader.shard], leader.pages[:n_shared]
+            for seq in self._forks.pop(leader, ()):  # none if the leader does not run any more
                 if not shard.free_slots or self._n_pages(seq) - n_shared > shard.pool.n_free:
                     _insert(self._waiting, seq)
                     continue
@@ -334,6 +334,7 @@ class Scheduler:
                 if rest:
                     # The fork computes its prompt's last position anew, into a copy of the page that holds it.
                     self._copies.append((shard.number, leader.pages[n_shared], seq.pages[n_shared]))
+        self._led = []
 
     def _admit(self, chunks: list[list[Chunk]]) -> None:
         """Places waiting sequences, strictly in order, as long as there is room for the first one."""
@@ -396,6 +397,8 @@ class Scheduler:
             _remove(shard.prefilling, seq)
             if end + 1 < seq.limit:
                 _insert(shard.decoding, seq)
+            if seq in self._forks:
+                self._led.append(seq)
         self._computed.append(seq)
         return Chunk(seq, start, seq.tokens[start:end], last)
 
@@ -489,7 +492,11 @@ class Scheduler:
             _insert(self._waiting, fork)
 
     def _register(self, seq: Sequence) -> None:
-        """Enters the pages that are full of known and computed tokens into the prefix cache."""
+        """Enters the pages that are full of known and computed tokens into the prefix cache.
+
+        This is done after every chunk, and for generated tokens when the sequence gives its pages back: only then is
+        there anyone who could ask for them, and a step does not have to look for pages that became full.
+        """
         if not self.config.prefix_caching:
             return
         full = min(len(seq.tokens), seq.n_computed) // self.config.page_size
@@ -512,7 +519,3 @@ class Scheduler:
 
     def _is_unfinished(self, seq: Sequence) -> bool:
         return self._requests.get(seq.request_id, {}).get(seq.index) is seq
-
-
-def _prompt_computed(seq: Sequence) -> bool:
-    return seq.slot >= 0 and seq.n_computed >= len(seq.prompt)

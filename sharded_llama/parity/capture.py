@@ -8,6 +8,7 @@ import functools
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -16,11 +17,13 @@ from ..attention import attention_weights
 from ..config import LlamaConfig
 from ..engine.llm import LLM
 from ..errors import ParityError
-from ..kv_cache import KVCache
-from ..model import LAYER_PSPECS, embed, head, rotary_positions, transformer_layer
-from ..sharding import DATA, MODEL, SPECS, padded
+from ..kv_cache import KVPages
+from ..layers import rope_angles
+from ..model import LAYER_PSPECS, StepRows, check_vma, embed, head, row_places, transformer_layer
+from ..sharding import DATA, MODEL, SPECS, padded, put
 from ..weights import LayerWeights
 from .components import LAYER_AXES
+from .paged_rows import PagedRows
 from .pieces import pieces_of
 
 Arrays = dict[str, np.ndarray]
@@ -32,7 +35,6 @@ _LAYOUTS = {
     "BLGK": "heads",
     "BHLS": "attn_weights",
     "BLF": "feed_forward",
-    "BLV": "logits",
 }
 _LAYER_LAYOUTS = {name: _LAYOUTS[axes] for name, axes in LAYER_AXES.items()}
 _CACHED_FED = ("q", "k", "v", "q_rotated", "k_rotated")  # what rotation and attention depend on
@@ -49,7 +51,7 @@ class Capture:
 
     def __init__(self, llm: LLM):
         self.llm = llm
-        self._static = {"config": llm.config, "mesh": llm.mesh, "backend": llm.steps.backend}
+        self._static = {"config": llm.config, "mesh": llm.mesh, "backend": llm.backend}
 
     def embedding(self, tokens_BL: np.ndarray) -> np.ndarray:
         """The embeddings (B', L, D)."""
@@ -87,21 +89,25 @@ class Capture:
         h_BLD, *values = (repeat_rows(x, self.llm) for x in (h_BLD, *(fed[name] for name in _CACHED_FED)))
         fed = dict(zip(_CACHED_FED, values, strict=True))
         rows, length = h_BLD.shape[:2]
-        (cache,) = KVCache.new(self.llm.config.replace(n_layers=1), self.llm.mesh, rows, length + chunk)
+        one_layer, mesh = self.llm.config.replace(n_layers=1), self.llm.mesh
+        paged = PagedRows.new(mesh, rows, length + chunk)
+        (pages,) = KVPages.new(one_layer, mesh, paged.n_pages)
+        tables = self._put("tokens", paged.tables_BW)
         whole: Arrays = {}
         for piece in pieces_of(rows, length, min(chunk, length), n_single=3):
-            out, cache = _cached_layer(
+            out, pages = _cached_layer(
                 self.llm.weights.layers[layer],
                 self._put("hidden", piece.take(h_BLD)),
                 {name: self._feed(name, piece.take(x)) for name, x in fed.items()},
-                cache,
+                pages,
+                tables,
                 self._put("tokens", piece.starts_B),
                 **self._static,
             )
             for name, x in out.items():
                 part = fetch(x)
                 piece.put(part, whole.setdefault(name, np.zeros((rows, length, *part.shape[2:]), part.dtype)))
-        k_cache, v_cache = (fetch(x)[:, :length] for x in cache)
+        k_cache, v_cache = paged.cached(jax.tree.map(fetch, pages), length)
         rotated = {f"cached_{name}": whole[name] for name in ("q_rotated", "k_rotated")}
         return rotated | {"k_cache": k_cache, "v_cache": v_cache, "cached_attn": whole["attn"]}
 
@@ -123,7 +129,7 @@ class Capture:
     def _put(self, layout: str, x: np.ndarray) -> jax.Array:
         if layout != "tokens":  # the reference may be of another type
             x = x.astype(self.llm.config.jnp_dtype, copy=False)
-        return self.llm.steps.put(layout, repeat_rows(x, self.llm))
+        return put(self.llm.mesh, layout, repeat_rows(x, self.llm))
 
     def _feed(self, name: str, x: np.ndarray) -> jax.Array:
         """A component of the reference in the form that it has on this mesh: heads repeated, widths padded."""
@@ -189,49 +195,63 @@ def _layer(
 
     def run(w: LayerWeights, h_BLD: jax.Array, fed: dict[str, jax.Array]) -> dict[str, jax.Array]:
         keep = _Keep(fed)
-        rotary = rotary_positions(config, h_BLD.shape[:2], None)
-        transformer_layer(w, h_BLD, rotary, None, None, 0, None, 0, config=config, backend=backend, probe=keep)
+        positions_BL = jnp.broadcast_to(jnp.arange(h_BLD.shape[1]), h_BLD.shape[:2])
+        rotary = rope_angles(config, positions_BL)
+        transformer_layer(w, h_BLD, rotary, config=config, backend=backend, probe=keep)
         if weights:
             q, k = (keep.fed.get(name, keep.seen[name]) for name in ("q_rotated", "k_rotated"))
-            probs_BGRLS = attention_weights(q, k, rotary[0]).astype(q.dtype)
+            probs_BGRLS = attention_weights(q, k, positions_BL).astype(q.dtype)
             keep("attn_weights", probs_BGRLS.reshape(q.shape[0], q.shape[2], *probs_BGRLS.shape[-2:]))
         return keep.seen
 
     in_specs = (LAYER_PSPECS, SPECS["hidden"], {name: SPECS[_LAYER_LAYOUTS[name]] for name in fed})
     out_specs = {n: SPECS[layout] for n, layout in _LAYER_LAYOUTS.items() if weights or n != "attn_weights"}
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma(backend))
     return sharded(w, h_BLD, fed)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="pages")
 def _cached_layer(
     w: LayerWeights,
     h_BLD: jax.Array,
     fed: dict[str, jax.Array],
-    cache: KVCache,
-    cur_pos_B: jax.Array,
+    pages: KVPages,
+    tables_BW: jax.Array,
+    start_B: jax.Array,
     *,
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
-) -> tuple[dict[str, jax.Array], KVCache]:
-    """Rotated q and k of tokens at `cur_pos_B` and after, their attention to the cache, and the cache with them."""
+) -> tuple[dict[str, jax.Array], KVPages]:
+    """Rotated q and k of tokens at `start_B` and after, their attention to the cache, and the cache with them."""
 
     def run(
-        w: LayerWeights, h_BLD: jax.Array, fed: dict[str, jax.Array], cache: KVCache, cur_pos_B: jax.Array
-    ) -> tuple[dict[str, jax.Array], KVCache]:
-        keep = _Keep(fed)
-        rotary = rotary_positions(config, h_BLD.shape[:2], cur_pos_B)
-        _, cache = transformer_layer(
-            w, h_BLD, rotary, cache, cur_pos_B, 0, None, 0, config=config, backend=backend, probe=keep
+        w: LayerWeights,
+        h_BLD: jax.Array,
+        fed: dict[str, jax.Array],
+        pages: KVPages,
+        tables_BW: jax.Array,
+        start_B: jax.Array,
+    ) -> tuple[dict[str, jax.Array], KVPages]:
+        batch, length = h_BLD.shape[:2]
+        n_single = batch if length == 1 else 0
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in fed.items()}
+        keep = _Keep(flat)
+        tokens_T = jnp.zeros(batch * length, jnp.int32)
+        rows = StepRows(tokens_T, start_B, jnp.full_like(start_B, length), tables_BW)
+        positions_T, places = row_places(rows, n_single, *pages.kv_NPGK.shape[:2])
+        h_TD, rotary = h_BLD.reshape(-1, h_BLD.shape[-1]), rope_angles(config, positions_T)
+        _, pages = transformer_layer(
+            w, h_TD, rotary, pages, places, config=config, backend=backend, n_single=n_single, probe=keep
         )
-        return {name: keep.seen[name] for name in _CACHED_GIVEN}, cache
+        seen = {name: keep.seen[name] for name in _CACHED_GIVEN}
+        return {name: x.reshape(batch, length, *x.shape[1:]) for name, x in seen.items()}, pages
 
     fed_specs = {name: SPECS[_LAYER_LAYOUTS[name]] for name in fed}
-    in_specs = (LAYER_PSPECS, SPECS["hidden"], fed_specs, SPECS["kv_cache"], SPECS["tokens"])
-    out_specs = (dict.fromkeys(_CACHED_GIVEN, SPECS["heads"]), SPECS["kv_cache"])
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=backend != "cudnn")
-    return sharded(w, h_BLD, fed, cache, cur_pos_B)
+    in_specs = (LAYER_PSPECS, SPECS["hidden"], fed_specs, SPECS["kv_pages"], SPECS["tokens"], SPECS["tokens"])
+    out_specs = (dict.fromkeys(_CACHED_GIVEN, SPECS["heads"]), SPECS["kv_pages"])
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma(backend))
+    return sharded(w, h_BLD, fed, pages, tables_BW, start_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

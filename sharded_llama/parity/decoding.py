@@ -9,23 +9,24 @@ from jax.sharding import Mesh
 
 from ..config import LlamaConfig
 from ..engine.llm import LLM
-from ..kv_cache import KVCache
-from ..model import xfmr
-from ..sharding import MODEL
+from ..kv_cache import PAGE_SIZE, KVPages
+from ..model import StepRows, xfmr_step
+from ..sharding import DATA, MODEL
 from ..weights import XfmrWeights
 from .capture import fetch, repeat_rows, without_padding
 from .components import Reference, Stage
 from .contract import ATOL, CONTRACT, EXACT, FLOAT32_LOGITS, FLOAT64, HALF, NO_BOUND, RTOL, judge
 from .measure import kl_divergence, measure, top_k_agreement
-from .pieces import Piece, pieces_of
+from .paged_rows import PagedRows
+from .pieces import Piece, pieces_of, whole_prompts
 from .results import CUMULATIVE, GreedyRow, LogitsRow
 
 
 def compare_logits(
     llm: LLM, head: Stage, tokens_BL: np.ndarray, chunk: int, expect: str = CONTRACT
 ) -> tuple[LogitsRow, ...]:
-    """The logits of every position, computed in one piece, in chunks, token by token through the cache, and
-    the second half token by token after the first in one piece.
+    """The logits of every position: computed in one piece without the cache; through the cache in chunks, token by
+    token, and the second half token by token after the first in one piece, as it is served.
 
     `head` is the reference's last stage. `chunk` is in tokens. The reference's logits come from another program than
     these, even if it is this engine: EXACT expects no more of them than CONTRACT.
@@ -35,15 +36,19 @@ def compare_logits(
     theirs, exact = (None if x is None else repeat_rows(x, llm) for x in (head.values["logits"], head.exact_logits))
     tokens_BL = repeat_rows(tokens_BL, llm)
     batch, half = len(tokens_BL), length // 2
+    singles = pieces_of(batch, length, 1, n_single=length, start=half)
     ways = {
-        "one piece": (length, []),
-        f"chunks of {chunk}": (0, pieces_of(batch, length, chunk, n_single=0)),
-        "token by token": (0, pieces_of(batch, length, 1, n_single=length)),
-        "prefill + decode": (half, pieces_of(batch, length, 1, n_single=length, start=half)),  # as it is served
+        "one piece": [],
+        f"chunks of {chunk}": pieces_of(batch, length, chunk, n_single=0),
+        "token by token": pieces_of(batch, length, 1, n_single=length),
+        "prefill + decode": [*whole_prompts(batch, half), *singles],
     }
     rows = []
-    for way, (prefill, pieces) in ways.items():
-        ours = logits_through_cache(llm, tokens_BL, prefill, pieces, cache_length=length + chunk)
+    for way, pieces in ways.items():
+        if pieces:
+            ours = logits_through_cache(llm, tokens_BL, pieces, length=length + chunk)
+        else:  # without the cache, as sequences are scored
+            ours = fetch(llm.forward(tokens_BL))
         judged, bound = judge(
             CUMULATIVE,
             "logits",
@@ -65,44 +70,37 @@ def compare_logits(
     return tuple(rows)
 
 
-def logits_through_cache(
-    llm: LLM, tokens_BL: np.ndarray, prefill: int, pieces: Sequence[Piece], *, cache_length: int
-) -> np.ndarray:
+def logits_through_cache(llm: LLM, tokens_BL: np.ndarray, pieces: Sequence[Piece], *, length: int) -> np.ndarray:
     """Logits (B, L, V) of every position; B divides over the mesh.
 
-    The first `prefill` tokens run in one piece, as prompts do: they attend to themselves and only write the cache. The
-    pieces that follow attend to the cache, which must have room for the padding of the last chunk.
+    Every piece attends to the cache, which has room for `length` tokens of each sequence, padding of the last piece
+    included. Longer pieces run in rows of a few tokens, as prompts do when they are served.
     """
-    (batch, length), config = tokens_BL.shape, llm.config
-    step = functools.partial(_step, config=config, mesh=llm.mesh, backend=llm.steps.backend)
-    caches = KVCache.new(config, llm.mesh, batch, cache_length)
-    logits = np.zeros((batch, length, config.vocab_size), np.promote_types(config.jnp_dtype, np.float32))
-
-    def run(tokens: np.ndarray, starts_B: np.ndarray | None, caches: tuple[KVCache, ...]) -> tuple:
-        positions = None if starts_B is None else llm.steps.put("tokens", starts_B)
-        out, caches = step(llm.weights, llm.steps.put("tokens", tokens.astype(np.int32)), positions, caches)
-        return without_padding(fetch(out), config.vocab_size), caches
-
-    if prefill:
-        logits[:, :prefill], caches = run(tokens_BL[:, :prefill], None, caches)
+    config, mesh = llm.config, llm.mesh
+    paged = PagedRows.new(mesh, len(tokens_BL), length)
+    pages = KVPages.new(config, mesh, paged.n_pages)
+    logits = np.zeros((*tokens_BL.shape, config.vocab_size), np.promote_types(config.jnp_dtype, np.float32))
     for piece in pieces:
-        out, caches = run(piece.take(tokens_BL), piece.starts_B, caches)
-        piece.put(out, logits)
+        tokens = piece.take(tokens_BL)
+        rows, n_single, width = paged.step(tokens, piece.starts_B, mesh)
+        out, pages = _step(llm.weights, rows, pages, config=config, mesh=mesh, backend=llm.backend, n_single=n_single)
+        of_rows = without_padding(fetch(out), config.vocab_size).reshape(len(tokens), width, -1)
+        piece.put(of_rows[:, : tokens.shape[1]], logits)
     return logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "backend", "n_single"), donate_argnames="pages")
 def _step(
     weights: XfmrWeights,
-    tokens_BL: jax.Array,
-    cur_pos_B: jax.Array | None,
-    caches: tuple[KVCache, ...],
+    rows: StepRows,
+    pages: tuple[KVPages, ...],
     *,
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
-) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    return xfmr(weights, config, tokens_BL, cur_pos_B, caches, mesh=mesh, backend=backend)
+    n_single: int,
+) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    return xfmr_step(weights, config, rows, pages, mesh=mesh, n_single=n_single, backend=backend, all_logits=True)
 
 
 def compare_greedy(
@@ -134,14 +132,22 @@ def compare_greedy(
 def last_logits(llm: LLM, tokens_L: np.ndarray) -> np.ndarray:
     """The engine's logits (V,) after one sequence of tokens."""
     tokens_BL = repeat_rows(tokens_L[None], llm)
-    return logits_through_cache(llm, tokens_BL, tokens_BL.shape[1], [], cache_length=tokens_BL.shape[1])[0, -1]
+    batch, length = tokens_BL.shape
+    return logits_through_cache(llm, tokens_BL, whole_prompts(batch, length), length=length)[0, -1]
 
 
 def greedy_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> np.ndarray:
     """The engine's own greedy continuation (B, N), as it serves it."""
-    prompts = [row.tolist() for row in tokens_BL]
-    answers = llm.generate(prompts, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    return np.array([answer.token_ids for answer in answers], np.int32)
+    (batch, length), data = tokens_BL.shape, llm.mesh.shape[DATA]
+    # An engine of its own, just large enough: there may be a second model in the same memory.
+    served = llm.resized(
+        max_model_len=length + new_tokens,
+        max_num_seqs=batch,
+        num_pages=-(-batch // data) * -(-(length + new_tokens) // PAGE_SIZE),
+    )
+    answers = served.generate(tokens_BL.tolist(), max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    served.shutdown()
+    return np.array([answer.outputs[0].token_ids for answer in answers], np.int32)
 
 
 def _greedy_noise(dtype: str, head: Stage, expect: str) -> float | None:

@@ -9,6 +9,7 @@ from ..engine.llm import LLM
 from .capture import Arrays, Capture, repeat_rows
 from .components import EMBEDDING, HEAD, LAYER_AXES, Greedy, Stage, keeps_attention_weights, layer_stage
 from .decoding import greedy_tokens, logits_through_cache
+from .pieces import whole_prompts
 
 
 class EngineReference:
@@ -23,7 +24,7 @@ class EngineReference:
         data, model = self.llm.mesh.shape.values()
         device = self.llm.mesh.devices.flat[0]
         where = f"mesh data:{data},model:{model} ({device.device_kind})"
-        return f"sharded_llama, jax {jax.__version__}, {where}, attention: {self.llm.steps.backend}"
+        return f"sharded_llama, jax {jax.__version__}, {where}, attention: {self.llm.backend}"
 
     @property
     def dtype(self) -> str:
@@ -49,7 +50,8 @@ class EngineReference:
         """See `Reference.greedy`."""
         tokens_BN = greedy_tokens(self.llm, tokens_BL, new_tokens)
         whole = repeat_rows(np.concatenate([tokens_BL, tokens_BN[:, :-1]], axis=1), self.llm)
-        logits = logits_through_cache(self.llm, whole, whole.shape[1], [], cache_length=whole.shape[1])
+        batch, length = whole.shape
+        logits = logits_through_cache(self.llm, whole, whole_prompts(batch, length), length=length)
         logits = logits[: len(tokens_BL), tokens_BL.shape[1] - 1 :]
         second, first = np.moveaxis(np.partition(logits.astype(np.float64), -2, axis=-1)[..., -2:], -1, 0)
         return Greedy(tokens_BN, first - second)

@@ -38,3 +38,8 @@ def pieces_of(batch: int, length: int, chunk: int, n_single: int, start: int = 0
     end = max(start, length - n_single)
     begins = [(i, chunk) for i in range(start, end, chunk)] + [(i, 1) for i in range(end, length + 1)]
     return [Piece(np.clip(begin - lag_B, 0, length - 1) + np.arange(size)) for begin, size in begins]
+
+
+def whole_prompts(batch: int, length: int) -> list[Piece]:
+    """One piece: the first `length` positions of every row; none if there are no positions."""
+    return [Piece(np.tile(np.arange(length), (batch, 1)))] if length else []

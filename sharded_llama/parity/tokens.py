@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..config import LlamaConfig
-from ..engine.llm import encode_text
+from ..engine.loading import encode_text
 from ..errors import ParityError
 from ..tokenizer import Tokenizer
 

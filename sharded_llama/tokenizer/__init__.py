@@ -12,13 +12,24 @@ from pathlib import Path
 
 from ..errors import TokenizerError
 from .base import Tokenizer, TokenKind
+from .chat import ChatTemplate, encode_chat, load_chat_template, special_tokens
 from .convert import is_sentencepiece
 from .hf import HFTokenizer
 from .llama2 import Llama2Tokenizer
 from .llama3 import Llama3Tokenizer
 from .stream import StreamDecoder
 
-__all__ = ["StreamDecoder", "TokenKind", "Tokenizer", "load_tokenizer", "tokenizer_files"]
+__all__ = [
+    "ChatTemplate",
+    "StreamDecoder",
+    "TokenKind",
+    "Tokenizer",
+    "encode_chat",
+    "load_chat_template",
+    "load_tokenizer",
+    "special_tokens",
+    "tokenizer_files",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -99,7 +99,7 @@ LLAMA3_TEMPLATE = r"""
 {%- set today = date_string | default("26 Jul 2024") -%}
 {%- set dates = "Cutting Knowledge Date: December 2023\nToday Date: " ~ today ~ "\n\n" -%}
 {{- bos_token ~ turn("system", dates ~ (text(messages[0].content) if has_system else "")) -}}
-{%- for message in messages[1:] if has_system else messages -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
     {%- if message.tool_calls is defined or message.role in ("tool", "ipython") -%}
         {{- refuse_tools() -}}
     {%- endif -%}
@@ -288,7 +288,7 @@ def render(
     if template.for_tools is not None and tools is not None:
         template = template.for_tools
     now = datetime.now() if date is None else date
-    used = set(template.source).union(*_strings(chat))
+    used = set(template.source).union(*_strings(chat), *special.ways)
     end = next(c for c in MARKS if c not in used) if continue_final_message else ""
     if end:
         chat = _with_end(chat, template, end)
@@ -297,7 +297,7 @@ def render(
     used.update(text)
     free = list(itertools.islice((c for c in MARKS if c not in used), MAX_MARKED))
     for chars in special.ways:
-        marks = dict(zip(sorted(chars - {end}), free, strict=False))
+        marks = dict(zip(sorted(chars), free, strict=False))
         if len(marks) < len(chars):
             continue
         try:
@@ -734,6 +734,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._budget.spend()
         item = super().getitem(obj, argument)
         return self._budget.checked(item) if isinstance(argument, slice) else item
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        # jinja2 gives an undefined value, which is written out as nothing.
+        raise jinja2.exceptions.SecurityError(f"chat templates cannot have {attribute} of a {type(obj).__name__}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self._budget.spend()

@@ -1,5 +1,7 @@
 """The paged kernel for NVIDIA GPUs, interpreted on the CPU, against the specification; and that it lowers for a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,48 +39,59 @@ def stored(kv, kv_dtype):
     return KVPages(jnp.asarray(np.round(kv) if kv_dtype == "int8" else kv, kv_dtype), jnp.asarray(scale))
 
 
+@functools.cache
+def compiled(function, **settings):
+    """Jitted once. Compiled without optimisation: nearly all of these tests' time is the compiler's."""
+    return jax.jit(functools.partial(function, **settings), compiler_options={"xla_backend_optimization_level": 0})
+
+
 def kernel(*args, **settings):
-    return jax.jit(lambda *a: paged_attn_gpu(*a, **settings, interpret=True))(*args)
+    return compiled(paged_attn_gpu, **settings, interpret=True)(*args)
 
 
-@pytest.mark.parametrize("n_splits", [1, 3, 8])
+def reference(*args):
+    return compiled(paged_attn_reference)(*args)
+
+
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "splits"),
     [
-        (4, 1, 8, 2, 64, 9),
-        (1, 1, 3, 3, 128, 3),
-        (3, 5, 6, 2, 80, 5),
-        (2, 16, 14, 2, 8, 4),
-        (1, 31, 4, 1, 16, 7),
+        ((4, 1, 8, 2, 64, 9), (1, 8)),
+        ((1, 1, 3, 3, 128, 3), (8,)),
+        ((3, 5, 6, 2, 80, 5), (3,)),
+        ((2, 16, 14, 2, 8, 4), (1, 8)),
+        ((1, 31, 4, 1, 16, 7), (3,)),
     ],
     ids=str,
 )
-def test_float32(shape, n_splits):
+def test_float32(shape, splits):
     args = inputs(*shape)
-    ours = kernel(*args, n_splits=n_splits, tuning=SMALL_BLOCKS)
-    assert distance(ours, paged_attn_reference(*args)) < 1e-6
+    for n_splits in splits:
+        ours = kernel(*args, n_splits=n_splits, tuning=SMALL_BLOCKS)
+        assert distance(ours, reference(*args)) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 8, 2, 64, 40), (2, 33, 8, 2, 24, 11)], ids=str)
-def test_by_default(shape):
-    """The default blocks, tiles and splits, the length of neither row a multiple of anything."""
-    for dtype in ("float32", "bfloat16"):
-        args = inputs(*shape, dtype)
-        reference = paged_attn_reference(*args)
-        assert distance(kernel(*args), reference) < {"float32": 1e-6, "bfloat16": 6e-3}[dtype]
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 1, 8, 2, 64, 40), "float32"), ((2, 33, 8, 2, 24, 11), "bfloat16")], ids=str
+)
+def test_by_default(shape, dtype):
+    """The default blocks, tiles and splits."""
+    q, pages, tables, start = inputs(*shape, dtype)
+    exact = reference(q.astype(jnp.float32), pages, tables, start)
+    bound = 1e-6 if dtype == "float32" else 1.25 * distance(reference(q, pages, tables, start), exact)
+    assert distance(kernel(q, pages, tables, start), exact) < bound
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", *HALF])
 def test_types(dtype, kv_dtype):
     """No farther from float32, with the same stored values, than the specification is in that type."""
     q, pages, tables, start = inputs(2, 5, 8, 2, 64, 5, dtype, kv_dtype)
-    exact = paged_attn_reference(q.astype(jnp.float32), pages, tables, start)
-    bound = 1.25 * distance(paged_attn_reference(q, pages, tables, start), exact) if dtype in HALF else 1e-6
-    for n_splits in (1, 3):
-        ours = kernel(q, pages, tables, start, n_splits=n_splits, tuning=Tuning(32, 4, 2))
-        assert ours.dtype == dtype
-        assert distance(ours, exact) < bound
+    exact = reference(q.astype(jnp.float32), pages, tables, start)
+    bound = 1.25 * distance(reference(q, pages, tables, start), exact) if dtype in HALF else 1e-6
+    ours = kernel(q, pages, tables, start, n_splits=1 if kv_dtype == dtype else 3, tuning=Tuning(32, 4, 2))
+    assert ours.dtype == dtype
+    assert distance(ours, exact) < bound
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e3])
@@ -87,13 +100,12 @@ def test_float16_with_scales(magnitude):
     q, pages, tables, start = inputs(2, 3, 4, 2, 32, 6, "float16", "int8")
     value = np.arange(2 * 2) % 2 == 1
     pages = pages._replace(scale_NPG=pages.scale_NPG * np.where(value, magnitude, 1).astype(np.float32))
-    exact = paged_attn_reference(q.astype(jnp.float32), pages, tables, start)
+    exact = reference(q.astype(jnp.float32), pages, tables, start)
     assert distance(kernel(q, pages, tables, start, n_splits=1), exact) < 1e-3
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("n_splits", [1, 3])
-def test_what_is_not_visible_changes_no_bit(n_splits, kv_dtype):
+@pytest.mark.parametrize(("kv_dtype", "n_splits"), [("float32", 1), ("float32", 3), ("int8", 1), ("float8_e4m3fn", 3)])
+def test_what_is_not_visible_changes_no_bit(kv_dtype, n_splits):
     q, pages, tables, start = inputs(3, 2, 4, 2, 16, 4, kv_dtype=kv_dtype)
     clean = kernel(q, pages, tables, start, n_splits=n_splits, tuning=SMALL_BLOCKS)
     assert np.isfinite(clean).all()
@@ -121,7 +133,7 @@ def test_a_row_does_not_depend_on_the_others(n_splits):
         noise = jax.random.normal(jax.random.key(start[0]), q.shape).at[1].set(q[1])
         args = noise, pages, jnp.asarray(table), jnp.asarray(start, jnp.int32)
         outcomes.append(np.asarray(kernel(*args, n_splits=n_splits, tuning=SMALL_BLOCKS))[1])
-        assert distance(outcomes[-1], np.asarray(paged_attn_reference(*args))[1]) < 1e-6
+        assert distance(outcomes[-1], np.asarray(reference(*args))[1]) < 1e-6
     np.testing.assert_array_equal(outcomes[0], outcomes[1])
     np.testing.assert_array_equal(outcomes[0], outcomes[2])
 
@@ -143,11 +155,10 @@ def lowered(q_shape, pool_shape, dtype, kv_dtype, n_splits=None):
         pytest.skip("this version of JAX needs a GPU to lower for one")
 
 
-@pytest.mark.parametrize("length", [1, 16, 64])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", ["float32", *HALF])
-def test_lowers(dtype, kv_dtype, length):
-    for n_splits in (1, None):
+def test_lowers(dtype, kv_dtype):
+    for length, n_splits in ((1, None), (64, 1)):
         text = lowered((2, length, 32, 128), (100, PAGE_SIZE, 16, 128), dtype, kv_dtype, n_splits)
         assert text.count("__gpu$xla.gpu.triton") == 1
 

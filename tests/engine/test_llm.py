@@ -11,13 +11,23 @@ from hf_reference import MODELS, distance, logits, make_model, save
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import sharded_llama
-from sharded_llama.engine import batch as batch_module
 from sharded_llama.engine.llm import LLM
+from sharded_llama.engine.loading import LoadedModel
 from sharded_llama.errors import ConfigError, MeshError, RequestError, TokenizerError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 
+SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 144, "progress": False}  # few shapes to compile
 PROMPT_LENGTHS = (1, 3, 17, 8, 16)
+
+
+def load(folder, **kwargs):
+    return LLM(folder, **SMALL, **kwargs)
+
+
+def generate(llm, *args, **kwargs):
+    """The first answer to each prompt."""
+    return [request.outputs[0] for request in llm.generate(*args, **kwargs)]
 
 
 def prompts(vocab_size, lengths=PROMPT_LENGTHS):
@@ -54,16 +64,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return sharded_llama.load(folder, mesh=make_mesh(2, 4), progress=False)
+    return load(folder, mesh=make_mesh(2, 4))
 
 
 class TestGreedy:
     @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 1), (1, 2), (2, 4), (1, 8), (4, 2)], ids=str)
     def test_equals_transformers_for_a_batch_of_different_lengths(self, folder, mesh_shape):
         model = make_model("grouped", vocab_size=300)
-        llm = sharded_llama.load(folder, mesh=make_mesh(*mesh_shape), progress=False)
+        llm = load(folder, mesh=make_mesh(*mesh_shape))
         batch = prompts(300)
-        ours = llm.generate(batch, max_tokens=24)
+        ours = generate(llm, batch, max_tokens=24)
         for ids, answer in zip(batch, ours, strict=True):
             assert list(answer.token_ids) == their_greedy(model, ids, 24)
 
@@ -71,62 +81,53 @@ class TestGreedy:
     def test_other_models(self, name, tmp_path):
         model = make_model(name)
         folder = save(model, tmp_path)
-        llm = sharded_llama.load(folder, mesh=make_mesh(2, 4), skip_tokenizer=True, progress=False)
+        llm = load(folder, mesh=make_mesh(2, 4), skip_tokenizer=True)
         batch = prompts(MODELS[name]["vocab_size"])
-        for ids, answer in zip(batch, llm.generate(batch, max_tokens=20), strict=True):
+        for ids, answer in zip(batch, generate(llm, batch, max_tokens=20), strict=True):
             assert list(answer.token_ids) == their_greedy(model, ids, 20)
 
-    def test_prefill_in_several_groups(self, llm, monkeypatch):
-        """When the prompts exceed one prefill's budget they are prefilled group after group, with the same answers."""
-        batch = prompts(300, (1, 3, 17, 8, 16, 2, 30, 5, 9))
-        whole = llm.generate(batch, max_tokens=8)
-        monkeypatch.setattr(batch_module, "PREFILL_TOKENS", 64)
-        n_compiled = llm.steps.n_compiled
-        assert [a.token_ids for a in llm.generate(batch, max_tokens=8)] == [a.token_ids for a in whole]
-        assert llm.steps.n_compiled > n_compiled, "the smaller groups were not used"
-
     def test_a_row_does_not_depend_on_the_others(self, llm):
-        alone = llm.generate(prompts(300)[1:2], max_tokens=12)[0]
-        together = llm.generate(prompts(300), max_tokens=12)[1]
+        alone = generate(llm, prompts(300)[1:2], max_tokens=12)[0]
+        together = generate(llm, prompts(300), max_tokens=12)[1]
         assert alone.token_ids == together.token_ids
 
     def test_nothing_compiles_the_second_time(self, llm):
-        llm.generate(prompts(300), max_tokens=12)
-        n_compiled = llm.steps.n_compiled
-        llm.generate([p[::-1] for p in prompts(300)], max_tokens=10)
-        assert llm.steps.n_compiled == n_compiled
+        generate(llm, prompts(300), max_tokens=12)
+        n_compiled = llm.engine.runner.n_compiled
+        generate(llm, [p[::-1] for p in prompts(300)], max_tokens=10)
+        assert llm.engine.runner.n_compiled == n_compiled
 
 
 class TestLengths:
     def test_max_tokens_of_each_request(self, llm):
         batch = prompts(300)[:3]
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 7, 3)]
-        answers = llm.generate(batch, params)
+        answers = generate(llm, batch, params)
         assert [len(a.token_ids) for a in answers] == [1, 7, 3]
         assert {a.finish_reason for a in answers} == {"length"}
 
     def test_stops_at_an_end_of_sequence_token(self, llm):
-        free = llm.generate([prompts(300)[2]], max_tokens=12, ignore_eos=True)[0]
+        free = generate(llm, [prompts(300)[2]], max_tokens=12, ignore_eos=True)[0]
         eos = free.token_ids[5]
         first = free.token_ids.index(eos)
-        changed = LLM(llm.config.replace(eos_ids=(eos, 2)), llm.mesh, llm.weights, llm.tokenizer)
-        answer = changed.generate([prompts(300)[2]], max_tokens=12)[0]
+        changed = LLM(LoadedModel(llm.config.replace(eos_ids=(eos, 2)), llm.mesh, llm.weights, llm.tokenizer), **SMALL)
+        answer = generate(changed, [prompts(300)[2]], max_tokens=12)[0]
         assert answer.finish_reason == "stop"
         assert answer.token_ids == free.token_ids[: first + 1]
-        assert changed.generate([prompts(300)[2]], max_tokens=12, ignore_eos=True)[0].token_ids == free.token_ids
+        assert generate(changed, [prompts(300)[2]], max_tokens=12, ignore_eos=True)[0].token_ids == free.token_ids
 
     def test_ends_at_the_end_of_the_context(self, llm):
         room = 5
         ids = prompts(300, (llm.config.max_seq_len - room,))
-        answer = llm.generate(ids, max_tokens=100, ignore_eos=True)[0]
+        answer = generate(llm, ids, max_tokens=100, ignore_eos=True)[0]
         assert (len(answer.token_ids), answer.finish_reason) == (room, "length")
 
     def test_the_last_position_of_the_context_is_right(self, folder):
         """Token by token up to the very end equals transformers."""
         model = make_model("grouped", vocab_size=300)
-        llm = sharded_llama.load(folder, mesh=make_mesh(1, 2), progress=False)
+        llm = load(folder, mesh=make_mesh(1, 2))
         ids = prompts(300, (6,))
-        answer = llm.generate(ids, max_tokens=1000, ignore_eos=True)[0]
+        answer = generate(llm, ids, max_tokens=1000, ignore_eos=True)[0]
         assert len(answer.token_ids) == llm.config.max_seq_len - 6
         sequence = torch.tensor([ids[0] + list(answer.token_ids)])
         theirs = model(sequence).logits[0, 5:-1].argmax(-1).tolist()
@@ -135,10 +136,10 @@ class TestLengths:
 
 class TestText:
     def test_text_prompts_get_bos_once(self, llm):
-        answer = llm.generate("the cat", max_tokens=4)[0]
-        assert answer.prompt_token_ids[0] == 1
-        assert 1 not in answer.prompt_token_ids[1:]
-        assert answer.text == llm.tokenizer.decode(answer.token_ids)
+        request = llm.generate("the cat", max_tokens=4)[0]
+        assert request.prompt_token_ids[0] == 1
+        assert 1 not in request.prompt_token_ids[1:]
+        assert request.outputs[0].text == llm.tokenizer.decode(request.outputs[0].token_ids)
 
     def test_special_tokens_in_a_prompt_are_plain_text(self, llm):
         assert llm.encode("<s>the</s>").count(1) == 1
@@ -150,12 +151,12 @@ class TestText:
     def test_streamed_texts_join_to_the_text(self, llm):
         params = {"max_tokens": 30, "temperature": 1.5, "seed": 3}
         texts = ["the cat", "naïve 🙂", ""]
-        answers = llm.generate(texts, **params)
+        answers = generate(llm, texts, **params)
         joined = ["", "", ""]
         tokens = [[], [], []]
         for event in llm.stream(texts, **params):
             joined[event.request] += event.text
-            tokens[event.request].append(event.token_id)
+            tokens[event.request] += event.token_ids
         assert joined == [a.text for a in answers]
         assert tokens == [list(a.token_ids) for a in answers]
 
@@ -171,30 +172,30 @@ class TestText:
 class TestSampling:
     def test_a_seed_gives_the_same_text_on_every_mesh_and_in_every_batch(self, folder, llm):
         params = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=11, max_tokens=16)
-        expected = llm.generate("the cat", params)[0].token_ids
-        assert llm.generate(["mat", "on the mat", "the cat", "sat"], params)[2].token_ids == expected
+        expected = generate(llm, "the cat", params)[0].token_ids
+        assert generate(llm, ["mat", "on the mat", "the cat", "sat"], params)[2].token_ids == expected
         for mesh_shape in ((1, 1), (8, 1), (1, 8)):
-            other = sharded_llama.load(folder, mesh=make_mesh(*mesh_shape), progress=False)
-            assert other.generate("the cat", params)[0].token_ids == expected
+            other = load(folder, mesh=make_mesh(*mesh_shape))
+            assert generate(other, "the cat", params)[0].token_ids == expected
 
     def test_without_a_seed_texts_differ(self, llm):
-        answers = llm.generate(["the cat"] * 4, temperature=2.0, max_tokens=16)
+        answers = generate(llm, ["the cat"] * 4, temperature=2.0, max_tokens=16)
         assert len({a.token_ids for a in answers}) == 4
 
     def test_a_greedy_row_beside_sampled_ones(self, llm):
-        greedy = llm.generate("the cat", max_tokens=12)[0].token_ids
+        greedy = generate(llm, "the cat", max_tokens=12)[0].token_ids
         params = [SamplingParams(temperature=t, max_tokens=12, seed=1) for t in (1.0, 0.0, 2.0)]
-        assert llm.generate(["the cat"] * 3, params)[1].token_ids == greedy
+        assert generate(llm, ["the cat"] * 3, params)[1].token_ids == greedy
 
     def test_generation_config_gives_the_defaults(self, folder, tmp_path):
-        llm = sharded_llama.load(folder, mesh=make_mesh(), progress=False)
+        llm = load(folder, mesh=make_mesh())
         assert llm.sampling_defaults == {"temperature": 0.0}
         copy = tmp_path / "copy"
         copy.mkdir()
         for file in folder.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
         (copy / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9}')
-        sampled = sharded_llama.load(copy, mesh=make_mesh(), progress=False)
+        sampled = load(copy, mesh=make_mesh())
         assert sampled.sampling_defaults == {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
 
 
@@ -224,7 +225,7 @@ class TestMistakes:
     )
     def test_prompt(self, llm, prompt, message):
         with pytest.raises(RequestError, match=message):
-            llm.generate(prompt)
+            generate(llm, prompt)
 
     @pytest.mark.parametrize(
         ("params", "message"),
@@ -237,39 +238,39 @@ class TestMistakes:
     )
     def test_parameters(self, llm, params, message):
         with pytest.raises(RequestError, match=message):
-            llm.generate("the", **params)
+            generate(llm, "the", **params)
 
     def test_one_set_of_parameters_or_one_each(self, llm):
         with pytest.raises(RequestError, match="2 sampling parameters for 3 prompts"):
-            llm.generate(["a"] * 3, [SamplingParams(seed=0)] * 2)
+            generate(llm, ["a"] * 3, [SamplingParams(seed=0)] * 2)
         with pytest.raises(RequestError, match="not both"):
-            llm.generate("a", SamplingParams(), temperature=1.0)
+            generate(llm, "a", SamplingParams(), temperature=1.0)
 
     def test_an_empty_prompt_without_bos(self, llm):
         tokenizer = dataclasses.make_dataclass("NoBos", ["bos_id", "adds_bos"])(None, False)
-        without = LLM(llm.config.replace(bos_id=None), llm.mesh, llm.weights, tokenizer)
+        without = LLM(LoadedModel(llm.config.replace(bos_id=None), llm.mesh, llm.weights, tokenizer))
         with pytest.raises(RequestError, match="no BOS token"):
-            without.generate("")
+            generate(without, "")
 
     def test_text_without_a_tokenizer(self, llm):
         with pytest.raises(RequestError, match="without a tokenizer"):
-            LLM(llm.config, llm.mesh, llm.weights).generate("the")
+            generate(LLM(LoadedModel(llm.config, llm.mesh, llm.weights)), "the")
 
     def test_mesh_that_does_not_fit_the_heads(self, folder):
         with pytest.raises(MeshError, match="Sizes that work"):
-            sharded_llama.load(folder, mesh=make_mesh(1, 3), progress=False)
+            load(folder, mesh=make_mesh(1, 3))
 
     def test_no_tokenizer(self, tmp_path):
         save(make_model("grouped"), tmp_path)
         with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-            sharded_llama.load(tmp_path, progress=False)
+            load(tmp_path)
 
     def test_missing_folder(self, tmp_path):
         with pytest.raises((ConfigError, sharded_llama.ShardedLlamaError), match="nowhere"):
-            sharded_llama.load(tmp_path / "nowhere")
+            load(tmp_path / "nowhere")
 
 
 def test_random_model_needs_no_checkpoint(llm):
-    random = LLM.random(llm.config, make_mesh(2, 2))
-    assert len(random.generate([[1, 2, 3]], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
+    random = LLM.random(llm.config, make_mesh(2, 2), **SMALL)
+    assert len(generate(random, [[1, 2, 3]], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
     assert jax.tree.leaves(random.weights)[0].sharding.mesh.shape == {"data": 2, "model": 2}

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from launch import compare as launcher
 from sharded_llama.checkpoint import ExportFormat, convert, open_checkpoint
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.llm import encode_text
+from sharded_llama.engine.loading import encode_text
 from sharded_llama.errors import MeshError, ParityError, RequestError, ShardedLlamaError, TokenizerError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.parity.reference_file import check_same_model

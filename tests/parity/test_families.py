@@ -13,7 +13,7 @@ import pytest
 from reduced_models import distinct_families, save_reduced
 
 import sharded_llama as sl
-from sharded_llama.engine.llm import DEMO_CHECKPOINT
+from sharded_llama.engine.loading import DEMO_CHECKPOINT
 from sharded_llama.parity.compare import compare
 from sharded_llama.parity.results import CUMULATIVE, ISOLATED
 from sharded_llama.parity.torch_reference import TorchReference
