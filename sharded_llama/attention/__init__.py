@@ -8,6 +8,7 @@ from ..errors import ConfigError
 from ..kv_cache import KVPages
 from . import cudnn
 from .paged import paged_attn_blockwise, paged_attn_reference
+from .paged_gpu import paged_attn_gpu
 from .reference import attention_weights, blockwise_attn, grouped_query_attn
 
 # "gpu": cuDNN for whole sequences and our kernel over pages; "tpu": a kernel over pages.
@@ -24,6 +25,14 @@ __all__ = [
     "paged_attn_blockwise",
     "paged_attn_reference",
 ]
+
+
+_KERNELS = {
+    "gpu": paged_attn_gpu,
+    "tpu": paged_attn_blockwise,
+    "blockwise": paged_attn_blockwise,
+    "reference": paged_attn_reference,
+}
 
 
 def choose_backend(config: LlamaConfig, device: jax.Device, requested: str | None = None) -> str:
@@ -67,7 +76,7 @@ def attend_pages(
     backend: str, q_THK: jax.Array, pages: KVPages, tables_RW: jax.Array, start_R: jax.Array, n_single: int
 ) -> jax.Array:
     """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows. Returns (T, H, K)."""
-    kernel = {"reference": paged_attn_reference, "blockwise": paged_attn_blockwise}[backend]
+    kernel = _KERNELS[backend]
     n_rows = start_R.shape[0]
     parts = []
     if n_single:

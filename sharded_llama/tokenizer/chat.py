@@ -16,8 +16,8 @@ of marking is understood, the request is refused.
 What a template may do. It is a program of somebody else: it runs in jinja2's sandbox and has a budget. A loop's every
 step, every attribute, call, operator and filter spends some of it, by the size of the result; values that grow beyond
 a bound are refused where they are made, before they take memory where that can be told. So what happens between
-two looks at the budget is bounded, and so is the whole. What remains: a template can use all of MAX_CPU_SECONDS, and a
-few hundred megabytes, in every request.
+two looks at the budget is bounded, and so is the whole. What remains: in every request a template can use all of
+MAX_CPU_SECONDS, up to four times as one request is rendered up to four times, and a few hundred megabytes.
 """
 
 import functools
@@ -69,8 +69,9 @@ ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 # Of rendering once. The largest honest requests above need about a tenth.
 MAX_VALUE = 1 << 23  # characters and items of one value, nested ones included, and of the text that comes out
 MAX_WORK = 1 << 30  # characters and items made in all
-MAX_CPU_SECONDS = 10.0  # of the thread, so that a busy machine changes nothing
+MAX_CPU_SECONDS = 5.0  # of the thread, so that a busy machine changes nothing
 MAX_VALUE_INT_BITS = 1 << 16
+MAX_NESTING = 100  # lists in lists: Python does some things to them without looking at its stack
 MAX_WIDTH = 1000  # of padding, indentation and formatted numbers
 
 # Roles that templates give a meaning. Some write special tokens around the role's name.
@@ -552,7 +553,8 @@ class _Budget:
     def __init__(self) -> None:
         self._left = MAX_WORK
         self._deadline = time.thread_time() + MAX_CPU_SECONDS
-        self._sizes: dict[int, tuple[Any, int]] = {}  # by identity; the value is kept, so that no other one gets it
+        # Of lists and the like, by identity: size and depth. The value is kept, so that no other one gets its identity.
+        self._measured: dict[int, tuple[Any, int, int]] = {}
 
     def spend(self, cost: int = 0) -> None:
         """Raises RequestError when there is nothing left."""
@@ -565,32 +567,34 @@ class _Budget:
 
     def checked(self, value: Any) -> Any:
         """The value. Raises RequestError when it is too large, or the budget is spent."""
-        size = self._size(value)
-        _allow(size)
+        _allow(self.size(value))
         self.spend(len(value) if isinstance(value, (str, bytes, list, tuple, dict)) else 0)
         return value
 
-    def _size(self, value: Any) -> int:
+    def size(self, value: Any) -> int:
         """Characters and items, nested ones included and counted as often as they are reached.
 
         Values are made of others that are measured already, so this looks no deeper than what is new. Iterators are
-        one item: what they give is measured where it is kept.
+        one item: what they give is measured where it is kept. Raises RequestError for what is nested too deeply, or a
+        number too large.
         """
+        return self._measure(value)[0]
+
+    def _measure(self, value: Any) -> tuple[int, int]:
+        """Size and depth of a value."""
         if isinstance(value, int) and value.bit_length() > MAX_VALUE_INT_BITS:
             raise RequestError("the chat template makes numbers that are too large.")
         if isinstance(value, (str, bytes, range)):
-            return 1 + len(value)
-        views = (type({}.keys()), type({}.values()), type({}.items()))
-        if isinstance(value, views):
-            return 1 + sum(map(self._size, list(value)))
-        if not isinstance(value, (list, tuple, dict, set)):
-            return 1
-        if id(value) in self._sizes:
-            return self._sizes[id(value)][1]
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        size = 1 + sum(map(self._size, items))
-        self._sizes[id(value)] = (value, size)
-        return size
+            return 1 + len(value), 0
+        if not isinstance(value, (list, tuple, dict, *VIEWS)):
+            return 1, 0
+        if id(value) not in self._measured:
+            items = [*value, *value.values()] if isinstance(value, dict) else list(value)
+            sizes, depths = zip((0, 0), *map(self._measure, items), strict=True)
+            if max(depths) >= MAX_NESTING:
+                raise RequestError(f"the chat template makes a value that is nested more than {MAX_NESTING} deep.")
+            self._measured[id(value)] = (value, 1 + sum(sizes), 1 + max(depths))
+        return self._measured[id(value)][1:]
 
 
 def _allow(size: int) -> None:
@@ -634,6 +638,7 @@ class _Generation(jinja2.ext.Extension):
         return caller()
 
 
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 LOOP, MADE, JOINED = "a loop", "a value", "a text"  # filters that no template can name
 
 
@@ -769,7 +774,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             # A width may be a field of its own, whose number is not known here.
             if re.search(r":[^{}:]*(\{|\d{4})", template):
                 raise RequestError("the chat template formats to a width that is too large, or not known.")
-            _allow(len(template) + template.count("{") * self._budget._size([*args, *kwargs.values()]))
+            _allow(len(template) + template.count("{") * self._budget.size([*args, *kwargs.values()]))
             return wrapped(*args, **kwargs)
 
         return bounded

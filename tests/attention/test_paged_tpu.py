@@ -39,12 +39,18 @@ def inputs(starts, length, kv_heads, group, width, n_tables, page_size=16, dtype
 
 
 SHAPES = {  # starts, queries, kv heads, query heads for each, width, pages per row
-    "decode": ([0, 15, 16, 511, 512, 1100], 1, 2, 4, 64, 70),
+    "decode": ([0, 15, 16, 31, 32, 100], 1, 2, 4, 64, 7),
     "decode-1-kv-head": ([77, 3], 1, 1, 8, 128, 6),
-    "chunk": ([0, 33, 530], 24, 1, 3, 64, 35),
-    "chunk-of-several-blocks": ([5, 100], 45, 1, 8, 128, 10),
+    "chunk": ([0, 33], 18, 1, 3, 64, 4),
+    "chunk-of-several-blocks": ([5, 40], 17, 1, 16, 128, 4),
     "odd-kv-heads": ([9, 60], 3, 3, 2, 64, 5),
 }
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_32_positions(monkeypatch):
+    """Short rows have several blocks of pages; and the interpreter takes seconds to trace large ones."""
+    monkeypatch.setattr(paged_tpu, "KEYS", 32)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -62,14 +68,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is(shape):
     assert distance(ours, exact) < 1.25 * distance(paged_attn_reference(q, pages, *where), exact)
 
 
-@pytest.mark.parametrize("page_size", [8, 32, 128])
+@pytest.mark.parametrize("page_size", [8, 64])
 def test_page_sizes(page_size):
-    args = inputs([0, 31, 200], 2, 1, 4, 64, 256 // page_size, page_size)
+    args = inputs([0, 31, 100], 2, 1, 4, 64, 128 // page_size, page_size)
     assert distance(paged_attn_tpu(*args, interpret=True), paged_attn_reference(*args)) < 1e-6
 
 
 def test_a_row_does_not_depend_on_the_others():
-    q, pages, tables, start = inputs([600, 3, 40], 1, 1, 4, 64, 40)
+    q, pages, tables, start = inputs([40, 3], 1, 1, 4, 64, 3)
     together = paged_attn_tpu(q, pages, tables, start, interpret=True)
     alone = paged_attn_tpu(q[1:2], pages, tables[1:2], start[1:2], interpret=True)
     np.testing.assert_array_equal(together[1:2], alone)
@@ -79,23 +85,16 @@ def test_a_row_whose_padding_leaves_the_table():
     """The last chunk of a full sequence: its real queries are right, and the row after it is."""
     q, pages, tables, start = inputs([70, 10], 8, 1, 4, 64, 5)
     start = start.at[0].add(5)  # queries at 75..82 of a table of 80
-    got, expected = (
-        paged_attn_tpu(q, pages, tables, start, interpret=True),
-        paged_attn_reference(q, pages, tables, start),
-    )
-    # Positions 78 and 79 of the first row hold NaN.
-    assert distance(got[1], expected[1]) < 1e-6
-    clean = KVPages(jnp.nan_to_num(pages.kv_NPGK))
-    got, expected = (
-        paged_attn_tpu(q, clean, tables, start, interpret=True),
-        paged_attn_reference(q, clean, tables, start),
-    )
+    pages = KVPages(jnp.nan_to_num(pages.kv_NPGK))
+    got = paged_attn_tpu(q, pages, tables, start, interpret=True)
+    expected = paged_attn_reference(q, pages, tables, start)
     assert distance(got[0, :5], expected[0, :5]) < 1e-6
+    assert distance(got[1], expected[1]) < 1e-6
 
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_arguments_of_the_ragged_kernel(length):
-    q, pages, tables, start = inputs([0, 17, 50], length, 2, 3, 128, 4)
+    q, pages, tables, start = inputs([0, 17], length, 2, 3, 128, 2)
     pages = KVPages(jnp.nan_to_num(pages.kv_NPGK))  # the plain form multiplies by what it hides
     out = ref_ragged_paged_attention(*ragged_arguments(q, pages.kv_NPGK, tables, start), sm_scale=128**-0.5)
     assert distance(out.reshape(q.shape), paged_attn_reference(q, pages, tables, start)) < 1e-6

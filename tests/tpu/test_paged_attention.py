@@ -1,4 +1,4 @@
-"""A layer's write to its pages and attention to them, compiled for TPUs by the TPU compiler on a machine without one."""
+"""A layer's write to its pages and attention to them, compiled for TPUs by their compiler on a machine without one."""
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.tpu_compiler
 MIB = 2**20
 TOPOLOGIES = ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"]
 PAGE_SIZE = 16
+SMALL = 4 * MIB  # the queries of a chunk in another order; the pages of the tests have 32 and more
 HEADS, ROWS = PartitionSpec(DATA, None, MODEL), PartitionSpec(DATA)
 ROW_MAJOR = Layout((0, 1, 2, 3))
 
@@ -71,14 +72,14 @@ def pages_bytes(kv_heads, width, dtype, n_pages=4096):
 def test_pages_are_written_in_place_and_never_copied(topology, kv_heads, width, length):
     memory = compiled(topology, kv_heads=kv_heads, width=width, length=length, batch=4).memory_analysis()
     assert memory.alias_size_in_bytes == pages_bytes(kv_heads, width, jnp.bfloat16)
-    assert memory.temp_size_in_bytes < 2 * MIB
+    assert memory.temp_size_in_bytes < SMALL
 
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_float32(width):
     memory = compiled("v5e:2x4", kv_heads=2, width=width, dtype=jnp.float32).memory_analysis()
     assert memory.alias_size_in_bytes == pages_bytes(2, width, jnp.float32)
-    assert memory.temp_size_in_bytes < 2 * MIB
+    assert memory.temp_size_in_bytes < SMALL
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -100,4 +101,4 @@ def test_the_largest_tables(width, batch, n_tables):
 @pytest.mark.parametrize(("kv_heads", "group"), [(3, 4), (1, 7), (1, 16), (8, 8)], ids=str)
 def test_other_numbers_of_heads(kv_heads, group):
     memory = compiled("v5e:2x4", kv_heads=kv_heads, width=128, group=group).memory_analysis()
-    assert memory.temp_size_in_bytes < 2 * MIB
+    assert memory.temp_size_in_bytes < SMALL
