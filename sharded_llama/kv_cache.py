@@ -5,12 +5,14 @@ pool of its own, and block tables hold the page's number within it. Written in p
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding
 
 from .config import LlamaConfig
 from .errors import ConfigError
@@ -39,7 +41,7 @@ class KVPages(NamedTuple):
         shape = (mesh.shape[DATA] * n_pages, page_size, 2 * n_kv_heads, config.head_dim)
         dtype = cache_dtype(config, kv_dtype)
         sharding = named_sharding(mesh, "kv_pages")
-        kv = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        kv = jax.ShapeDtypeStruct(shape, dtype, sharding=_layout(mesh))
         scale = jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding) if dtype.name in EIGHT_BIT else None
         return (cls(kv, scale),) * config.n_layers
 
@@ -48,7 +50,7 @@ class KVPages(NamedTuple):
         cls, config: LlamaConfig, mesh: Mesh, n_pages: int, kv_dtype: str = "auto", page_size: int = PAGE_SIZE
     ) -> tuple["KVPages", ...]:
         """Empty pages for every layer, `n_pages` on each data shard, each made directly in its shards."""
-        return _zeros(config, mesh, n_pages, kv_dtype, page_size)
+        return _zeros(config, mesh, kv_dtype, n_pages, page_size)()
 
     def write(self, k_TGK: jax.Array, v_TGK: jax.Array, at_T: jax.Array) -> "KVPages":
         """Writes one token each at place `at_T` = page * P + place within the page; places beyond the pool are dropped.
@@ -96,6 +98,18 @@ def _put(pages: jax.Array, new: jax.Array, at_T: jax.Array) -> jax.Array:
     return flat.at[at_T].set(new, mode="drop", unique_indices=True).reshape(pages.shape)
 
 
+def _layout(mesh: Mesh) -> Format | NamedSharding:
+    """Row-major on TPUs: of heads narrower than 128 the compiler would want another order, and copy the pool."""
+    sharding = named_sharding(mesh, "kv_pages")
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return Format(Layout((0, 1, 2, 3)), sharding) if on_tpu else sharding
+
+
+def pages_layout(pages: tuple[KVPages, ...]) -> tuple[KVPages, ...]:
+    """What pages of `KVPages.abstract` are laid out as, for the results of compiled steps."""
+    return jax.tree.map(lambda x: x.sharding if x.format is None or x.format.layout is None else x.format, pages)
+
+
 def cache_dtype(config: LlamaConfig, kv_dtype: str) -> jnp.dtype:
     """The type that a cache of this name stores. Raises ConfigError for an unknown name."""
     if kv_dtype not in KV_DTYPES:
@@ -111,10 +125,10 @@ def page_bytes(config: LlamaConfig, mesh: Mesh, kv_dtype: str, page_size: int = 
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _zeros(config: LlamaConfig, mesh: Mesh, n_pages: int, kv_dtype: str, page_size: int) -> tuple[KVPages, ...]:
+@functools.cache
+def _zeros(config: LlamaConfig, mesh: Mesh, kv_dtype: str, n_pages: int, page_size: int) -> Callable[[], Any]:
     """Jitted, so that no device ever holds more than its shards; compiled once for each size."""
-    return jax.tree.map(
-        lambda s: jax.lax.with_sharding_constraint(jnp.zeros(s.shape, s.dtype), s.sharding),
-        KVPages.abstract(config, mesh, n_pages, kv_dtype, page_size),
+    abstract = KVPages.abstract(config, mesh, n_pages, kv_dtype, page_size)
+    return jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract), out_shardings=pages_layout(abstract)
     )

@@ -3,20 +3,21 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_reference import MODELS, distance, logits, make_model, rounded, save
 
 from sharded_llama.checkpoint import load_weights, open_checkpoint
 from sharded_llama.config import LlamaConfig
-from sharded_llama.kv_cache import KVCache
+from sharded_llama.kv_cache import KVPages
 from sharded_llama.mesh import make_mesh
-from sharded_llama.model import xfmr
+from sharded_llama.model import xfmr, xfmr_step
+from sharded_llama.parity.paged_rows import PagedRows
 
 MESHES = [(d, n // d) for n in (1, 2, 4, 8) for d in (1, 2, 4, 8) if d <= n]
 NAME = "grouped"  # tests/parity/test_families.py has other head ratios, rotary embeddings and tied outputs
-BATCH, LENGTH, CHUNK = 8, 13, 5
+# A chunk is two rows of a step, and it ends within a page: the next one goes on there and into a third page.
+BATCH, LENGTH, CHUNK = 8, 35, 18
 TOKENS = np.random.default_rng(1).integers(0, MODELS[NAME]["vocab_size"], (BATCH, LENGTH)).astype(np.int32)
 
 
@@ -40,17 +41,20 @@ def our_logits(folder, dtype, mesh, way):
     config = LlamaConfig.from_hf(folder, dtype=dtype)
     weights = load_weights(open_checkpoint(folder), config, mesh=mesh, progress=False)
     if way == "whole":
-        out = jax.jit(lambda w, t: xfmr(w, config, t, mesh=mesh)[0])(weights, TOKENS)
+        out = jax.jit(lambda w, t: xfmr(w, config, t, mesh=mesh))(weights, TOKENS)
     else:
-        step = jax.jit(lambda w, t, p, c: xfmr(w, config, t, p, c, mesh=mesh), donate_argnums=3)
         size = CHUNK if way == "chunks" else 1
-        caches = KVCache.new(config, mesh, BATCH, 17)
+        run = functools.partial(xfmr_step, mesh=mesh, all_logits=True)
+        step = jax.jit(run, static_argnames=("config", "n_single"), donate_argnames="pages")
+        paged = PagedRows.new(mesh, BATCH, 2 * CHUNK)
+        pages = KVPages.new(config, mesh, paged.n_pages)
         pieces = []
         for start in range(0, LENGTH, size):
             piece = TOKENS[:, start : start + size]
             padded = np.pad(piece, [(0, 0), (0, size - piece.shape[1])])
-            out, caches = step(weights, padded, jnp.full(BATCH, start, jnp.int32), caches)
-            pieces.append(np.asarray(out)[:, : piece.shape[1]])
+            rows, n_single, width = paged.step(padded, np.full(BATCH, start), mesh)
+            out, pages = step(weights, config=config, rows=rows, pages=pages, n_single=n_single)
+            pieces.append(np.asarray(out).reshape(BATCH, width, -1)[:, : piece.shape[1]])
         out = np.concatenate(pieces, axis=1)
     return np.asarray(out, np.float64)[..., : config.vocab_size]
 

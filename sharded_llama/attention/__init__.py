@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from ..config import LlamaConfig
 from ..errors import ConfigError
 from ..kv_cache import KVPages
-from . import cudnn
+from . import cudnn, paged_tpu
 from .paged import paged_attn_blockwise, paged_attn_reference
 from .paged_gpu import paged_attn_gpu
 from .reference import attention_weights, blockwise_attn, grouped_query_attn
@@ -27,9 +28,21 @@ __all__ = [
 ]
 
 
+def _paged_attn_tpu(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The TPU kernel where it can serve the shapes, which are static; else plain JAX."""
+    kv, heads = pages.kv_NPGK, q_BLHK.shape[2]
+    why_not = paged_tpu.supports(
+        q_BLHK.dtype, kv.dtype, heads, kv.shape[2] // 2, kv.shape[3], kv.shape[1], *tables_BW.shape
+    )
+    if why_not is None:
+        return paged_tpu.paged_attn_tpu(q_BLHK, pages, tables_BW, start_B)
+    logging.log_first_n(logging.INFO, "attention in plain JAX: %s", 1, why_not)
+    return paged_attn_blockwise(q_BLHK, pages, tables_BW, start_B)
+
+
 _KERNELS = {
     "gpu": paged_attn_gpu,
-    "tpu": paged_attn_blockwise,
+    "tpu": _paged_attn_tpu,
     "blockwise": paged_attn_blockwise,
     "reference": paged_attn_reference,
 }

@@ -41,9 +41,9 @@ class Tuning(NamedTuple):
 # four programs share a processor, and three of them load while one computes.
 FEW_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
 # 8-bit blocks have half the bytes, and casting them takes more registers: more warps, and two blocks under way.
-FEW_QUERIES_8_BIT = Tuning(block=64, num_warps=8, num_stages=5)
+FEW_QUERIES_8_BIT = Tuning(block=128, num_warps=8, num_stages=5)
 # A chunk: limited by the products and by L2. 64 queries are what the matrix units of one group of four warps take.
-MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
+MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=5)
 # float32 has no matrix unit: its operands stand in registers, which only small tiles leave room for.
 FULL_PRECISION = Tuning(block=32, num_warps=4, num_stages=2, tile=16)
 
@@ -268,11 +268,7 @@ def _merge(
     denominator = jnp.where(written, denominator.reshape(shape), 0)
     weighted = jnp.where(written[..., None], weighted.reshape(*shape, sizes.width), 0)
     part = jnp.exp2(peak - jnp.max(peak, axis=0))
-    # Written out, so that the order of the sums does not depend on how a reduction is compiled.
-    total, out = denominator[0] * part[0], weighted[0] * part[0, ..., None]
-    for i in range(1, sizes.n_splits):
-        total, out = total + denominator[i] * part[i], out + weighted[i] * part[i, ..., None]
-    return out / total[..., None]
+    return jnp.sum(weighted * part[..., None], axis=0) / jnp.sum(denominator * part, axis=0)[..., None]
 
 
 def _choose_tuning(dtype: jnp.dtype, kv_dtype: jnp.dtype, queries: int) -> Tuning:
@@ -298,6 +294,15 @@ def _iota(n: int) -> jax.Array:
     return jnp.arange(n, dtype=jnp.int32)
 
 
+def addressable_pages(page_shape: tuple[int, int, int], dtype: jnp.dtype, n_pages: int) -> int:
+    """`n_pages`, or as many of them as the kernel can address; a page's shape is (P, 2G, K) on one device."""
+    places, elements = math.prod(page_shape[:2]), math.prod(page_shape)
+    n_pages = min(n_pages, (2**31 - 1) // places)
+    if dtype.itemsize == 1 and 2**31 < n_pages * elements <= 2**32:
+        n_pages = 2**31 // elements
+    return n_pages
+
+
 def _check_addressable(pages: KVPages) -> None:
     """Raises ConfigError for pages whose places overflow the kernel's integers.
 
@@ -305,7 +310,7 @@ def _check_addressable(pages: KVPages) -> None:
     than 2**32 bytes, else int32 taken as signed, which is too small for 8-bit types between 2**31 and 2**32 bytes.
     """
     shape, dtype = pages.kv_NPGK.shape, pages.kv_NPGK.dtype
-    if math.prod(shape[:3]) >= 2**31 or (dtype.itemsize == 1 and 2**31 < math.prod(shape) <= 2**32):
+    if addressable_pages(shape[1:], dtype, shape[0]) < shape[0]:
         raise ConfigError(
             f"A layer's pages of shape {shape} and type {dtype} cannot be addressed by the GPU kernel. It takes fewer "
             "than 2**31 keys and values, and 8-bit pages of at most 2**31 bytes or of more than 2**32."

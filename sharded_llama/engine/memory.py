@@ -9,9 +9,10 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ..attention.paged_gpu import addressable_pages
 from ..config import LlamaConfig
 from ..errors import ConfigError
-from ..kv_cache import PAGE_SIZE, page_bytes
+from ..kv_cache import PAGE_SIZE, KVPages, page_bytes
 from ..weights import XfmrWeights, abstract_weights
 from .options import EngineOptions, Sizes, pages_per_sequence
 from .runner import Runner
@@ -48,7 +49,11 @@ def plan_pages(
             free, origin = total // mesh.size, f"kv_cache_bytes={total}"
         # A pool larger than every slot at its longest holds nothing but old prefixes; on CPU that would only cost.
         most = 2 * sizes.slots * pages_per_sequence(wanted_len)
-        n_pages = min(free // of_page, most if device.platform == "cpu" else free // of_page)
+        n_pages = min(free // of_page, most) if device.platform == "cpu" else free // of_page
+        if backend == "gpu":
+            (layer,) = KVPages.abstract(config.replace(n_layers=1), mesh, 1, options.kv_cache_dtype)
+            page_shape = layer.kv_NPGK.sharding.shard_shape(layer.kv_NPGK.shape)[1:]
+            n_pages = addressable_pages(page_shape, layer.kv_NPGK.dtype, n_pages)
     if jax.process_count() > 1:  # every process must plan the same
         n_pages = int(np.min(multihost_utils.process_allgather(np.int64(n_pages))))
     fits = n_pages * PAGE_SIZE

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ..config import LlamaConfig
-from ..kv_cache import KVPages
+from ..kv_cache import KVPages, pages_layout
 from ..sampling import Sampled
 from ..sharding import DATA, named_sharding, put
 from ..weights import XfmrWeights, abstract_weights
@@ -143,7 +143,7 @@ class Runner:
             self._rows(shape.n_rows),
             self._array((shape.n_blocks, shape.block)),
         )
-        out = (self._sharding("last_logits"), self._sharding("tokens"), self._sharding("kv_pages"))
+        out = (self._sharding("last_logits"), self._sharding("tokens"), pages_layout(self._abstract_pages))
         return self._compile(("forward", shape), run, args, donate=(1,), out=out)
 
     def _choose(self, n_rows: int, greedy: bool) -> Any:
@@ -163,7 +163,7 @@ class Runner:
             return sampled, state.pages, state.tokens_S
 
         args = (self._abstract_weights, self._abstract_pages, *self._abstract_slots(), self._rows(shape.n_rows))
-        out = (self._sharding("replicated"), self._sharding("kv_pages"), self._sharding("tokens"))
+        out = (self._sharding("replicated"), pages_layout(self._abstract_pages), self._sharding("tokens"))
         return self._compile(("decode_several", shape, n_steps, greedy), run, args, donate=(1, 3), out=out)
 
     def _set_tables(self) -> Any:
@@ -174,7 +174,7 @@ class Runner:
     def _copy_pages(self) -> Any:
         args = (self._abstract_pages, self._array((PAGE_COPIES, 2)))
         run = functools.partial(copy_pages, mesh=self.mesh)
-        return self._compile(("copy_pages",), run, args, donate=(0,), out=self._sharding("kv_pages"))
+        return self._compile(("copy_pages",), run, args, donate=(0,), out=pages_layout(self._abstract_pages))
 
     @property
     def _static(self) -> dict[str, Any]:

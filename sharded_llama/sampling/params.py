@@ -9,7 +9,6 @@ import numpy as np
 
 from ..errors import RequestError
 
-
 MAX_N = 64  # answers to one prompt
 MAX_LOGPROBS = 20  # most likely tokens whose probabilities a request can ask for
 
