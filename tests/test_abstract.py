@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.steps import decode, prefill
-from sharded_llama.kv_cache import KVCache
+from sharded_llama.engine.steps import Column, DeviceState, StepShape, choose, forward
+from sharded_llama.kv_cache import PAGE_SIZE, KVPages, page_bytes
 from sharded_llama.mesh import make_mesh, simulate_cpu_devices
 from sharded_llama.sharding import DATA, MODEL, kv_head_layout, named_sharding, padded
 from sharded_llama.weights import abstract_weights, count_parameters
@@ -27,26 +27,30 @@ def load_config(name):
     return LlamaConfig.from_dict(importlib.import_module(f"configs.{name}").get_config().model)
 
 
-def check(config, mesh, batch=8, length=1024):
+def check(config, mesh, slots=8, n_pages=64):
+    """A step of single tokens and chunks on every data shard, and the sampler after it."""
     weights = abstract_weights(config, mesh)
-    caches = KVCache.abstract(config, mesh, batch, length)
+    pages = KVPages.abstract(config, mesh, n_pages)
+    data, shape = mesh.shape[DATA], StepShape(n_single=slots, n_blocks=16, block=16)
 
-    def array(name, shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, name))
+    def array(*shape):
+        return jax.ShapeDtypeStruct((data * shape[0], *shape[1:]), jnp.int32, sharding=named_sharding(mesh, "tokens"))
 
-    static = {"config": config, "mesh": mesh, "backend": "blockwise"}
-    rows = array("tokens", (batch,))
-    tokens, positions, after = jax.eval_shape(
-        functools.partial(decode, **static, rows=None), weights, caches, array("replicated", (batch,)), rows
-    )
-    assert tokens.shape == positions.shape == (batch,)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), caches)
-    prompt = array("tokens", (batch, 256))
-    tokens, after = jax.eval_shape(
-        functools.partial(prefill, **static, rows=None), weights, caches, prompt, rows, array("replicated", ())
-    )
-    assert tokens.shape == (batch,)
-    assert len(after) == config.n_layers
+    state = DeviceState(pages, array(slots, n_pages), array(slots))
+    rows = array(shape.n_rows, Column.COUNT)
+    run = functools.partial(forward, config=config, mesh=mesh, backend="blockwise")
+    logits, normalizer, after = jax.eval_shape(run, weights, state, rows, array(shape.n_blocks, shape.block))
+    assert logits.shape == (data * shape.n_rows, padded(config.vocab_size, mesh.shape[MODEL]))
+    assert (logits.dtype, normalizer.shape) == (jnp.float32, logits.shape[:1])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), pages)
+    for greedy in (True, False):
+        run = functools.partial(choose, config=config, mesh=mesh, greedy=greedy)
+        sampled, newest = jax.eval_shape(run, logits, normalizer, state.tokens_S, rows)
+        assert (sampled.tokens_R.shape, sampled.tokens_R.dtype) == (logits.shape[:1], jnp.int32)
+        assert (newest.shape, newest.dtype) == (state.tokens_S.shape, jnp.int32)
+    # A page of one layer on one device: P positions, a key and a value of each of the device's kv heads.
+    of_device = 2 * kv_head_layout(config, mesh.shape[MODEL])[0] // mesh.shape[MODEL] * config.head_dim
+    assert page_bytes(config, mesh, "auto") == config.n_layers * PAGE_SIZE * of_device * config.jnp_dtype.itemsize
 
     # What one device holds of each array divides evenly, and together it is the model, its copies and its padding.
     held = sum(
@@ -77,4 +81,4 @@ def test_405b_on_64_devices():
 if __name__ == "__main__":
     simulate_cpu_devices(64)
     for shape in ((1, 64), (8, 8), (4, 16)):
-        check(load_config("llama3_1_405b"), make_mesh(*shape), batch=16)
+        check(load_config("llama3_1_405b"), make_mesh(*shape))

@@ -107,7 +107,7 @@ def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
         raise ConfigError(_too_few(max_tokens * data, slots * data, (slots + BLOCK) * data))
     max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
     max_tokens = slots + max_blocks * BLOCK
-    between = () if on_cpu else (2**i for i in range(3, 20) if 2**i < slots)
+    between = () if on_cpu else (2**i for i in (3, *range(5, 20)) if 2**i < slots)
     singles = sorted({1, *between, slots})
     mixed_singles = sorted({slots if slots <= 16 else 1, slots})
     mixed_blocks = sorted({max_blocks // 8 or max_blocks, max_blocks})

@@ -1,6 +1,6 @@
 """From the scheduler's plan to the arrays that the device takes."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,70 +26,68 @@ class Packer:
         self._plain = np.ones((n_shards, sizes.slots), bool)  # greedy, and asks for no other tokens' probabilities
 
     def pack(self, plan: Plan) -> Packed:
-        singles, blocks = zip(*(_pieces(chunks, self.sizes.block) for chunks in plan.chunks), strict=True)
-        n_single = max(len(d) + len(s) for d, s in zip(plan.decode, singles, strict=True))
-        shape = self.sizes.shape_for(n_single, max(map(len, blocks)))
+        counts = [[self._rows_of(chunk) for chunk in chunks] for chunks in plan.chunks]
+        shape = self.sizes.shape_for(
+            max(len(d) + sum(s for s, _ in c) for d, c in zip(plan.decode, counts, strict=True)),
+            max(sum(b for _, b in c) for c in counts),
+        )
         rows = np.zeros((self.n_shards, shape.n_rows, Column.COUNT), np.int32)
         rows[:, :, Column.SLOT] = self.sizes.slots
-        tokens = np.zeros((self.n_shards, shape.n_blocks, shape.block), np.int32)
-        columns: list[Any] = []
-        plain = True
+        tokens = np.zeros((self.n_shards, shape.n_blocks * shape.block), np.int32)
+        columns, plain = [], True
         for shard in range(self.n_shards):
-            sampling = self._fill(shard, plan, singles[shard], blocks[shard], shape, rows[shard], tokens[shard])
+            sampling = self._fill(shard, plan, shape, rows[shard], tokens[shard])
             columns.append(shard * shape.n_rows + sampling)
             plain = plain and bool(self._plain[shard, rows[shard, sampling, Column.SLOT]].all())
-        work = Work(
-            shape,
-            plan.n_steps,
-            plain,
-            rows.reshape(-1, Column.COUNT),
-            tokens.reshape(-1, shape.block),
-        )
-        works = self._changes(plan)
-        # Changes that fit one call each go with the rows.
-        if works:
-            work = work._replace(tables_U3=works[-1].tables_U3, copies_C2=works[-1].copies_C2)
-        return Packed([*works[:-1], work], np.concatenate(columns))
+        work = Work(shape, plan.n_steps, plain, rows.reshape(-1, Column.COUNT), tokens.reshape(-1, max(1, shape.block)))
+        *changes, last = self._changes(plan) or [None]
+        if last is not None:  # the last changes go with the rows
+            work = work._replace(tables_U3=last.tables_U3, copies_C2=last.copies_C2)
+        return Packed([*changes, work], np.concatenate(columns))
 
-    def _fill(
-        self,
-        shard: int,
-        plan: Plan,
-        singles: list["Piece"],
-        blocks: list["Piece"],
-        shape: StepShape,
-        rows: np.ndarray,
-        tokens: np.ndarray,
-    ) -> np.ndarray:
-        """Fills one shard's rows and tokens. Returns the rows that sample: decoding ones, then chunks in order."""
+    def _rows_of(self, chunk: Chunk) -> tuple[int, int]:
+        """How many rows of one token and of a block of tokens a chunk takes."""
+        n = len(chunk.tokens)
+        return (n, 0) if n == 1 or self.sizes.block == 1 else (0, -(-n // self.sizes.block))
+
+    def _fill(self, shard: int, plan: Plan, shape: StepShape, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Fills one shard's rows (R, X) and tokens. Returns the rows that sample: decoding ones, then chunks'."""
         decode = plan.decode[shard]
-        n = len(decode)
-        for piece in (*singles, *blocks):
-            self._set_slot(shard, piece.slot, piece.params)
-        if n:
-            slots = np.fromiter((s.slot for s in decode), np.int32, n)
-            rows[:n, Column.TOKEN] = FROM_SLOT
-            rows[:n, Column.START] = plan.decode_starts[shard]
-            rows[:n, Column.LENGTH] = 1
-            rows[:n, Column.SLOT] = slots
-            rows[:n, Column.SAMPLES] = 1
+        n, first_block = len(decode), 0
+        sampling = list(range(n))
+        for chunk in plan.chunks[shard]:
+            self._set_slot(shard, chunk.seq.slot, chunk.seq.params)
+            n_single, n_blocks = self._rows_of(chunk)
+            if n_single:
+                at = slice(n, n + n_single)
+                rows[at, Column.TOKEN] = chunk.tokens
+                n, size = at.stop, 1
+            else:
+                at = slice(shape.n_single + first_block, shape.n_single + first_block + n_blocks)
+                size = shape.block
+                tokens[first_block * size :][: len(chunk.tokens)] = chunk.tokens
+                first_block += n_blocks
+            first = size * np.arange(at.stop - at.start)
+            rows[at, Column.START] = chunk.start + first
+            rows[at, Column.LENGTH] = np.minimum(len(chunk.tokens) - first, size)
+            rows[at, Column.SLOT] = chunk.seq.slot
+            rows[at, Column.TEMPERATURE :] = self._params[shard, chunk.seq.slot]
+            if chunk.last:
+                rows[at.stop - 1, Column.SAMPLES] = 1
+                sampling.append(at.stop - 1)
+        if decode:
+            at = slice(0, len(decode))
+            slots = np.fromiter((s.slot for s in decode), np.int32, len(decode))
+            rows[at, Column.TOKEN] = FROM_SLOT
+            rows[at, Column.START] = plan.decode_starts[shard]
+            rows[at, Column.LENGTH] = 1
+            rows[at, Column.SLOT] = slots
+            rows[at, Column.SAMPLES] = 1
             if plan.n_steps > 1:
-                rows[:n, Column.LIMIT] = np.fromiter((len(s.pages) for s in decode), np.int32, n) * PAGE_SIZE
-            rows[:n, Column.TEMPERATURE :] = self._params[shard, slots]
-        last: dict[int, int] = {}  # row of the last piece of every chunk that samples, by the chunk's number
-        for row, piece in enumerate(singles, n):
-            rows[row, : Column.LIMIT] = (piece.tokens[0], piece.start, 1, piece.slot, piece.samples)
-            rows[row, Column.TEMPERATURE :] = self._params[shard, piece.slot]
-            if piece.samples:
-                last[piece.chunk] = row
-        for i, piece in enumerate(blocks):
-            row = shape.n_single + i
-            rows[row, : Column.LIMIT] = (0, piece.start, len(piece.tokens), piece.slot, piece.samples)
-            rows[row, Column.TEMPERATURE :] = self._params[shard, piece.slot]
-            tokens[i, : len(piece.tokens)] = piece.tokens
-            if piece.samples:
-                last[piece.chunk] = row
-        return np.array([*range(n), *(last[chunk] for chunk in sorted(last))], np.int64)
+                n_pages = np.fromiter((len(s.pages) for s in decode), np.int32, len(decode))
+                rows[at, Column.LIMIT] = n_pages * PAGE_SIZE
+            rows[at, Column.TEMPERATURE :] = self._params[shard, slots]
+        return np.array(sampling, np.int64)
 
     def _set_slot(self, shard: int, slot: int, params: SamplingParams) -> None:
         self._params[shard, slot] = pack_params(pack_rows([params]))[0]
@@ -100,49 +98,18 @@ class Packer:
         tables = _grouped(plan.table_updates, self.n_shards, TABLE_CHANGES, (self.sizes.slots, 0, 0))
         copies = _grouped(plan.copies, self.n_shards, PAGE_COPIES, (0, self.n_pages))
         none = np.zeros((0, 0), np.int32)
-        return [
-            Work(
-                None,
-                0,
-                True,
-                none,
-                none,
-                tables[i] if i < len(tables) else None,
-                copies[i] if i < len(copies) else None,
-            )
-            for i in range(max(len(tables), len(copies)))
-        ]
+        n_calls = max(len(tables), len(copies))
+        tables += [None] * (n_calls - len(tables))
+        copies += [None] * (n_calls - len(copies))
+        return [Work(None, 0, True, none, none, *changes) for changes in zip(tables, copies, strict=True)]
 
 
-class Piece(NamedTuple):
-    """One row's part of a chunk."""
-
-    chunk: int  # number of the chunk within its shard's
-    slot: int
-    start: int
-    tokens: list[int]
-    samples: bool
-    params: SamplingParams
-
-
-def _pieces(chunks: list[Chunk], block: int) -> tuple[list[Piece], list[Piece]]:
-    """The rows of one shard's chunks: those of one token, and those of up to `block`."""
-    singles, blocks = [], []
-    for number, (seq, start, tokens, last) in enumerate(chunks):
-        for first in range(0, len(tokens), block):
-            part = tokens[first : first + block]
-            samples = last and first + block >= len(tokens)
-            piece = Piece(number, seq.slot, start + first, part, samples, seq.params)
-            (singles if len(tokens) == 1 or block == 1 else blocks).append(piece)
-    return singles, blocks
-
-
-def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int, ...]) -> list[np.ndarray]:
+def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int, ...]) -> list[np.ndarray | None]:
     """Tuples (shard, ..) as arrays (n_shards * size, ..) of what is behind the shard, as few as hold them all."""
     by_shard: list[list[tuple]] = [[] for _ in range(n_shards)]
     for shard, *change in changes:
         by_shard[shard].append(tuple(change))
-    groups = []
+    groups: list[np.ndarray | None] = []
     for first in range(0, max(map(len, by_shard)), size):
         group = np.empty((n_shards, size, len(nothing)), np.int32)
         group[:] = nothing

@@ -1,14 +1,19 @@
 """What can be proven of the compiled steps without a clock."""
 
+import functools
+import math
 import re
 
 import jax
 import pytest
 
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.steps import Steps
-from sharded_llama.kv_cache import KVCache
+from sharded_llama.engine.options import EngineOptions, sizes_of
+from sharded_llama.engine.runner import Runner
+from sharded_llama.engine.steps import StepShape
+from sharded_llama.kv_cache import page_bytes
 from sharded_llama.mesh import make_mesh
+from sharded_llama.weights import abstract_weights
 
 CONFIG = LlamaConfig(
     dim=64,
@@ -24,75 +29,181 @@ CONFIG = LlamaConfig(
 )
 MESHES = [(1, 1), (2, 1), (1, 2), (1, 8), (2, 4), (4, 2)]
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+SLOTS, N_PAGES, TABLE_WIDTH = 8, 100, 70  # of each data shard; tables of more than one block of the attention
+DECODE, MIXED = StepShape(SLOTS, 0, 1), StepShape(SLOTS, 2, 16)
+
+
+@functools.cache  # what one test compiled need not be compiled for another
+def make_runner(mesh_shape, n_pages=N_PAGES, table_width=TABLE_WIDTH, kv_dtype="auto", decode_steps=4):
+    mesh, data = make_mesh(*mesh_shape), mesh_shape[0]
+    options = EngineOptions(
+        max_num_seqs=data * DECODE.n_tokens, max_num_batched_tokens=data * MIXED.n_tokens, decode_steps=decode_steps
+    )
+    return Runner(
+        CONFIG,
+        mesh,
+        abstract_weights(CONFIG, mesh),
+        backend="blockwise",
+        sizes=sizes_of(options, mesh),
+        n_pages=n_pages,
+        table_width=table_width,
+        kv_dtype=kv_dtype,
+    )
 
 
 def collectives(executable):
     """Shapes of what every collective of the compiled program gives, by kind."""
     found = {name: [] for name in COLLECTIVES}
-    for shape, name in re.findall(rf"= (\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", executable.as_text()):
-        found[name].append([int(n) for n in re.search(r"\[([\d,]*)\]", shape).group(1).split(",") if n])
+    for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", executable.as_text()):
+        found[name] += [[int(n) for n in shape.split(",") if n] for shape in re.findall(r"\[([\d,]*)\]", shapes)]
     return found
 
 
-def cache_bytes_per_device(mesh, batch, length):
-    return sum(
-        x.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(x.sharding.shard_shape(x.shape))))
-        for x in jax.tree.leaves(KVCache.abstract(CONFIG, mesh, batch, length))
-    )
+@pytest.mark.parametrize(
+    ("mesh_shape", "kv_dtype"),
+    [*((shape, "auto") for shape in MESHES), ((1, 8), "int8"), ((2, 4), "float8_e4m3fn")],
+    ids=str,
+)
+def test_pages_are_updated_in_place(mesh_shape, kv_dtype):
+    runner = make_runner(mesh_shape, kv_dtype=kv_dtype)
+    pages = N_PAGES * page_bytes(CONFIG, runner.mesh, kv_dtype)
+    newest = 4 * SLOTS  # the slots' tokens, which some steps are given too
+    for executable, expected in (
+        (runner._forward(DECODE), pages),
+        (runner._forward(MIXED), pages),
+        (runner._decode_several(DECODE, 4, greedy=True), pages + newest),
+        (runner._copy_pages(), pages),
+        (runner._choose(MIXED.n_rows, greedy=False), newest),
+        (runner._set_tables(), 4 * SLOTS * TABLE_WIDTH),
+    ):
+        assert executable.memory_analysis().alias_size_in_bytes == expected
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
-@pytest.mark.parametrize("greedy", [True, False])
-def test_caches_are_updated_in_place(mesh_shape, greedy):
-    mesh = make_mesh(*mesh_shape)
-    steps = Steps(CONFIG, mesh)
-    expected = cache_bytes_per_device(mesh, 8, 512)
-    prefill = steps.prefill(8, 32, 8, 512, greedy=greedy).memory_analysis()
-    assert prefill.alias_size_in_bytes == expected
-    decode = steps.decode(8, 512, greedy=greedy).memory_analysis()
-    # Only the caches are donated; a few words of padding may come with them.
-    assert expected <= decode.alias_size_in_bytes <= expected + 64
+@pytest.mark.parametrize("kv_dtype", ["auto", "float8_e4m3fn"])
+def test_temporary_memory_does_not_grow_with_the_pool(kv_dtype):
+    """Eight times the pages, the same temporaries: nothing copies or scores them all at once."""
+    few, many = (make_runner((2, 4), n_pages=n, kv_dtype=kv_dtype) for n in (N_PAGES, 8 * N_PAGES))
+    for of_few, of_many in (
+        (few._forward(DECODE), many._forward(DECODE)),
+        (few._forward(MIXED), many._forward(MIXED)),
+        (few._decode_several(DECODE, 4, greedy=True), many._decode_several(DECODE, 4, greedy=True)),
+        (few._copy_pages(), many._copy_pages()),
+    ):
+        short, long = of_few.memory_analysis(), of_many.memory_analysis()
+        assert long.alias_size_in_bytes > 7.9 * short.alias_size_in_bytes
+        assert long.temp_size_in_bytes <= short.temp_size_in_bytes + 1024
 
 
-def test_temporary_memory_does_not_grow_with_the_cache():
-    """Eight times the cache, the same temporaries: nothing copies or scores the whole cache at once."""
-    steps = Steps(CONFIG, make_mesh(2, 4))
-    short, long = (steps.decode(8, length, greedy=True).memory_analysis() for length in (2048, 16384))
-    assert long.alias_size_in_bytes > 7.9 * short.alias_size_in_bytes
-    assert long.temp_size_in_bytes <= short.temp_size_in_bytes + 1024
+@pytest.mark.parametrize("shape", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_temporary_memory_hardly_grows_with_the_context(shape):
+    """Sequences of eight times the length need longer tables, four bytes for each page, and nothing else."""
+    short, long = (make_runner((2, 4), table_width=w)._forward(shape) for w in (TABLE_WIDTH, 8 * TABLE_WIDTH))
+    grown = long.memory_analysis().temp_size_in_bytes - short.memory_analysis().temp_size_in_bytes
+    assert grown <= 3 * 4 * shape.n_rows * 7 * TABLE_WIDTH + 1024
+    # One page of keys and values of the same rows is more than that of all tables.
+    assert grown < shape.n_rows * page_bytes(CONFIG.replace(n_layers=1), make_mesh(2, 4), "auto") * 7
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
+def test_two_all_reduces_per_layer(mesh_shape):
+    """One after attention and one after the MLP, one for the embedding; no weight moves and nothing is gathered.
+
+    Beside the hidden states only the peak and the sum of each row's logits are reduced.
+    """
+    runner = make_runner(mesh_shape)
+    for shape in (DECODE, MIXED):
+        found = collectives(runner._forward(shape))
+        hidden, others = [], []
+        for of in found.pop("all-reduce"):
+            (hidden if CONFIG.dim in of else others).append(of)
+        assert sorted(map(math.prod, hidden)) == [shape.n_tokens * CONFIG.dim] * (2 * CONFIG.n_layers + 1)
+        assert [math.prod(of) for of in others] == [shape.n_rows] * 2
+        assert not any(found.values())
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("greedy", [True, False])
-def test_two_all_reduces_per_layer(mesh_shape, greedy):
-    """One after attention and one after the MLP, one for the embedding; candidates are gathered; no weight moves."""
-    steps = Steps(CONFIG, make_mesh(*mesh_shape))
-    for step in (steps.decode(8, 512, greedy=greedy), steps.prefill(8, 32, 8, 512, greedy=greedy)):
-        found = collectives(step)
-        assert len(found["all-reduce"]) == 2 * CONFIG.n_layers + 1
-        assert not found["all-to-all"] + found["collective-permute"] + found["reduce-scatter"]
-        # Two candidates per row (or the row of logits) over the vocabulary, and the tokens over the data.
-        assert len(found["all-gather"]) <= 3
-        rows = 8 // mesh_shape[0]
-        for shape in found["all-reduce"]:
-            assert set(shape) <= {1, rows, 32, CONFIG.dim}, "only hidden states are summed"
-        for shape in found["all-gather"]:
-            size = int(jax.numpy.prod(jax.numpy.array(shape)))
-            assert size <= 8 * 136, f"{shape} is more than the rows' logits"
+def test_the_sampler_exchanges_little(mesh_shape, greedy):
+    """Over the vocabulary two candidates per row (or the row of logits), the token's logit and rank; over the data
+    what was sampled."""
+    runner, (data, model) = make_runner(mesh_shape), mesh_shape
+    found = collectives(runner._choose(DECODE.n_rows, greedy))
+    sums, gathers = ([math.prod(of) for of in found.pop(kind)] for kind in ("all-reduce", "all-gather"))
+    assert not any(found.values())
+    assert sums == [SLOTS] * 2
+    of_vocabulary = {2 * model * SLOTS} if greedy else {SLOTS * 136}
+    top = 0 if greedy else 2 * 20  # of the most likely tokens: ids and log-probabilities
+    sampled = data * SLOTS * (3 + top) if data > 1 else 0
+    assert sum(gathers) <= max(of_vocabulary) + sampled
+    assert len(gathers) <= (2 if greedy else 1) + (0 if data == 1 else 3 if greedy else 5)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)], ids=str)
+def test_several_decode_steps_are_one_loop_around_the_same_collectives(mesh_shape):
+    """Its body is there once, however many steps it runs."""
+    runner = make_runner(mesh_shape)
+    found = [collectives(runner._decode_several(DECODE, n, greedy=True)) for n in (2, 4)]
+    for by_kind in found:
+        hidden = [of for of in by_kind["all-reduce"] if CONFIG.dim in of]
+        assert len(hidden) == 2 * CONFIG.n_layers + 1
+        assert not by_kind["all-to-all"] + by_kind["collective-permute"] + by_kind["reduce-scatter"]
+        assert all(math.prod(of) <= 8 * SLOTS for of in by_kind["all-gather"]), "more than the rows' candidates"
+    assert {kind: len(of) for kind, of in found[0].items()} == {kind: len(of) for kind, of in found[1].items()}
+
+
+def test_changes_of_tables_and_pages_stay_on_their_devices():
+    runner = make_runner((2, 4))
+    for executable in (runner._set_tables(), runner._copy_pages()):
+        assert not any(collectives(executable).values())
 
 
 def test_one_compilation_per_shape():
-    steps = Steps(CONFIG, make_mesh(1, 2))
-    first = steps.decode(4, 128, greedy=True)
-    assert steps.decode(4, 128, greedy=True) is first
-    assert steps.n_compiled == 1
-    steps.decode(4, 256, greedy=True)
-    steps.decode(4, 128, greedy=False)
-    steps.prefill(4, 16, 4, 128, greedy=True)
-    assert steps.n_compiled == 4
+    runner = make_runner((1, 2))
+    first = runner._forward(DECODE)
+    assert runner._forward(DECODE) is first
+    assert runner.n_compiled == 1
+    runner._forward(MIXED)
+    for _ in range(2):
+        runner._choose(DECODE.n_rows, greedy=True)
+        runner._choose(DECODE.n_rows, greedy=False)
+    assert runner.n_compiled == 4
 
 
-def test_the_decode_step_leaves_nothing_on_the_host():
+def test_every_shape_can_be_compiled_ahead():
+    """All of them, and no more: what a step may ask for afterwards is there."""
+    mesh = make_mesh(1, 2)
+    few = make_runner((1, 2), decode_steps=2)
+    few.compile_all(progress=False)
+    n_compiled = few.n_compiled
+    for shape in few.sizes.shapes:
+        few._forward(shape)
+        for greedy in (True, False):
+            few._choose(shape.n_rows, greedy)
+            if not shape.n_blocks:
+                few._decode_several(shape, 2, greedy)
+    few._set_tables()
+    few._copy_pages()
+    assert few.n_compiled == n_compiled
+    assert few.sizes == sizes_of(EngineOptions(max_num_seqs=8, max_num_batched_tokens=40, decode_steps=2), mesh)
+
+
+def test_steps_leave_nothing_on_the_host():
     """No callback, infeed or outfeed: tokens stay on the device until they are read."""
-    text = Steps(CONFIG, make_mesh(2, 2)).decode(4, 128, greedy=False).as_text()
-    assert not re.search(r"infeed|outfeed|callback|SendToHost|host_transfer", text, re.IGNORECASE)
+    runner = make_runner((2, 2))
+    steps = [runner._forward(DECODE), runner._choose(DECODE.n_rows, greedy=False)]
+    steps.append(runner._decode_several(DECODE, 4, greedy=False))
+    for executable in steps:
+        assert not re.search(r"infeed|outfeed|callback|SendToHost|host_transfer", executable.as_text(), re.IGNORECASE)
+
+
+def test_weights_and_pages_are_never_cast_whole():
+    """A bfloat16 model's temporaries stay below its smallest matrix in float32."""
+    mesh = make_mesh(1, 1)
+    config = CONFIG.replace(dtype="bfloat16", dim=256, ffn_dim=4096, vocab_size=16384)
+    sizes = sizes_of(EngineOptions(max_num_seqs=1, max_num_batched_tokens=17), mesh)
+    weights = abstract_weights(config, mesh)
+    runner = Runner(
+        config, mesh, weights, backend="blockwise", sizes=sizes, n_pages=4, table_width=4, kv_dtype="float8_e4m3fn"
+    )
+    temporaries = runner._forward(sizes.shapes[0]).memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * min(x.size for x in jax.tree.leaves(weights) if x.ndim > 1)
