@@ -1,0 +1,323 @@
+"""The engine behind asyncio: many requests at once, cancellation, failures and the end; nothing ever hangs.
+
+The time limit of `finish` only ends a test that hangs.
+"""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from hf_reference import make_model, save
+
+from sharded_llama.engine.async_engine import AsyncEngine
+from sharded_llama.engine.engine import Engine
+from sharded_llama.engine.llm import LLM
+from sharded_llama.engine.loading import load_model
+from sharded_llama.engine.options import EngineOptions
+from sharded_llama.errors import EngineError, RequestError
+from sharded_llama.mesh import make_mesh
+from sharded_llama.sampling import SamplingParams
+
+VOCAB = 131
+OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "num_pages": 12, "decode_steps": 1}
+LONG = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+PERMITS = 1000  # more steps than any test needs
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    model = make_model("grouped", num_hidden_layers=2, max_position_embeddings=96, eos_token_id=None)
+    folder = save(model, tmp_path_factory.mktemp("model"))
+    return load_model(folder, mesh=make_mesh(1, 1), skip_tokenizer=True, progress=False)
+
+
+@pytest.fixture
+def engine(loaded):
+    return Engine(loaded.config, loaded.mesh, loaded.weights, EngineOptions(**OPTIONS))
+
+
+@pytest.fixture
+def serving(engine):
+    made = AsyncEngine(engine)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def permits(engine, monkeypatch):
+    """Steps wait for permits, so that a test says how far the engine's thread is."""
+    permits, step = threading.Semaphore(0), engine.step
+
+    def permitted():
+        permits.acquire()
+        return step()
+
+    monkeypatch.setattr(engine, "step", permitted)
+    yield permits
+    permits.release(PERMITS)
+
+
+def finish(coroutine):
+    async def limited():
+        return await asyncio.wait_for(coroutine, 60)
+
+    return asyncio.run(limited())
+
+
+async def collect(serving, name, prompt, params, **kwargs):
+    """Tokens of each of the n answers."""
+    tokens, ended = [[] for _ in range(params.n)], set()
+    async for delta in serving.generate(name, prompt, params, **kwargs):
+        assert delta.request_id == name
+        assert delta.index not in ended, "a delta after the last"
+        tokens[delta.index] += delta.token_ids
+        if delta.finish_reason:
+            ended.add(delta.index)
+    assert len(ended) == params.n
+    return tokens
+
+
+async def first_delta(serving, permits, name, params=LONG):
+    """The iterator of a request that has had its first token, and no further step."""
+    answers = serving.generate(name, [5, 6, 7], params)
+    permits.release(2)  # the engine reads a step after it has queued the next one
+    await anext(answers)
+    return answers
+
+
+async def stats_after_a_step(serving, permits):
+    """Of a thread that may be waiting for a permit."""
+    asked = asyncio.create_task(serving.stats())
+    await asyncio.sleep(0)
+    permits.release()
+    return await asked
+
+
+def requests(n):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, VOCAB, rng.integers(1, 31)).tolist() for _ in range(n)]
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, n=1 + (i % 5 == 0), max_tokens=int(rng.integers(1, 20)))
+        for i in range(n)
+    ]
+    return prompts, params
+
+
+def test_many_at_once_equal_generate(loaded, serving):
+    prompts, params = requests(60)
+    expected = LLM(loaded, **OPTIONS, progress=False).generate(prompts, params)
+
+    async def all_of_them():
+        return await asyncio.gather(
+            *(collect(serving, str(i), *request) for i, request in enumerate(zip(prompts, params, strict=True)))
+        )
+
+    for ours, theirs in zip(finish(all_of_them()), expected, strict=True):
+        assert ours == [list(output.token_ids) for output in theirs.outputs]
+
+
+def test_an_iteration_for_each_event_loop(serving):
+    """The engine outlives a loop, and serves the next one."""
+    first = finish(collect(serving, "a", [5, 6], SHORT))
+    assert finish(collect(serving, "a", [5, 6], SHORT)) == first
+
+
+def test_requests_may_come_from_several_threads(serving):
+    prompts, params = requests(4)
+    alone = [finish(collect(serving, "alone", *request)) for request in zip(prompts, params, strict=True)]
+    found = {}
+
+    def ask(i):
+        found[i] = finish(collect(serving, str(i), prompts[i], params[i]))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(4)] == alone
+
+
+def test_a_cancelled_task_aborts_its_request_alone(serving, engine, permits):
+    async def scenario():
+        doomed = asyncio.create_task(collect(serving, "doomed", [5, 6, 7], LONG))
+        other = asyncio.create_task(collect(serving, "other", [8, 9], LONG))
+        while (await stats_after_a_step(serving, permits)).scheduler.running < 2:
+            pass
+        doomed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        assert (await stats_after_a_step(serving, permits)).scheduler.running == 1
+        assert not other.done()
+        permits.release(PERMITS)
+        (tokens,) = await other
+        assert (await serving.stats()).scheduler.pages_used == 0
+        return tokens
+
+    tokens = finish(scenario())
+    assert len(tokens) == 90
+    assert [tokens] == finish(collect(serving, "again", [8, 9], LONG))
+    engine._scheduler.check()
+
+
+@pytest.mark.parametrize("way", ["close", "break"])
+def test_leaving_the_iteration_aborts(serving, engine, permits, way):
+    async def scenario():
+        if way == "close":
+            answers = await first_delta(serving, permits, "left")
+            await answers.aclose()
+        else:
+            permits.release(2)
+            async for _ in serving.generate("left", [5, 6, 7], LONG):
+                break
+            for _ in range(3):  # the loop closes what nobody refers to any more
+                await asyncio.sleep(0)
+        permits.release(PERMITS)
+        stats = await serving.stats()
+        assert (stats.scheduler.running, stats.scheduler.pages_used) == (0, 0)
+        assert stats.seconds.new_tokens < 10
+        return await collect(serving, "left", [5, 6], SHORT)  # the name is free again
+
+    assert len(finish(scenario())[0]) == 5
+    assert not engine.has_unfinished
+
+
+def test_a_loop_that_ends_takes_its_requests_with_it(serving, engine, permits):
+    async def scenario():
+        answers = await first_delta(serving, permits, "orphan")
+        return answers.__anext__()
+
+    finish(scenario()).close()
+    permits.release(PERMITS)
+    assert len(finish(collect(serving, "next", [5, 6], SHORT))[0]) == 5
+    assert not engine.has_unfinished
+    assert engine.stats().scheduler.pages_used == 0
+
+
+def test_a_mistake_reaches_its_own_caller_alone(serving):
+    async def scenario():
+        return await asyncio.gather(
+            collect(serving, "good", [5, 6], SHORT),
+            collect(serving, "bad", [VOCAB], SHORT),
+            collect(serving, "empty", [], SHORT),
+            collect(serving, "fine", [5, 6], SHORT),
+            return_exceptions=True,
+        )
+
+    good, bad, empty, fine = finish(scenario())
+    assert good == fine
+    assert isinstance(bad, RequestError)
+    assert "token id 131" in str(bad)
+    assert isinstance(empty, RequestError)
+    assert "no tokens" in str(empty)
+
+
+def test_a_second_request_of_the_same_name_leaves_the_first_alone(serving, permits):
+    async def scenario():
+        first = await first_delta(serving, permits, "twice", SHORT)
+        second = asyncio.create_task(collect(serving, "twice", [8], SHORT))
+        third = asyncio.create_task(collect(serving, "twice", [9], SHORT))
+        await asyncio.sleep(0)
+        third.cancel()  # before it has heard that it was refused
+        with pytest.raises(asyncio.CancelledError):
+            await third
+        permits.release(PERMITS)
+        with pytest.raises(RequestError, match="'twice' is being served already"):
+            await second
+        return 1 + sum([len(delta.token_ids) async for delta in first])
+
+    assert finish(scenario()) == 5
+
+
+def fail(*_):
+    raise RuntimeError("the device is on fire")
+
+
+def test_a_failing_step_ends_every_request(serving, engine, permits, monkeypatch):
+    async def scenario():
+        started = await first_delta(serving, permits, "started")
+        monkeypatch.setattr(engine.runner, "execute", fail)
+        tasks = [asyncio.create_task(collect(serving, f"r{i}", [5 + i], LONG)) for i in range(20)]
+        await asyncio.sleep(0)
+        permits.release(PERMITS)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(EngineError, match="a step failed with RuntimeError: the device is on fire"):
+            async for _ in started:
+                pass
+        for error in found:
+            assert isinstance(error, EngineError)
+            assert "the device is on fire" in str(error)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="the engine is dead: a step failed with RuntimeError"):
+                await collect(serving, "later", [5], SHORT)
+
+    finish(scenario())
+
+
+def test_an_engine_that_raises_ends_every_request(serving, engine, monkeypatch):
+    """Even an error that the engine did not catch itself."""
+    monkeypatch.setattr(engine, "step", fail)
+
+    async def scenario():
+        tasks = [asyncio.create_task(collect(serving, f"r{i}", [5 + i], LONG)) for i in range(5)]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(error) for error in found} <= {RuntimeError, EngineError}
+        with pytest.raises(EngineError, match="dead"):
+            await collect(serving, "later", [5], SHORT)
+
+    finish(scenario())
+
+
+def test_shutdown_ends_everything(serving, engine, permits):
+    async def scenario():
+        started = await first_delta(serving, permits, "started")
+        waiting = [asyncio.create_task(collect(serving, f"r{i}", [5 + i], LONG)) for i in range(20)]
+        await asyncio.sleep(0)
+        permits.release(PERMITS)
+        await asyncio.to_thread(serving.shutdown)
+        with pytest.raises(EngineError, match="the engine is dead: it was shut down"):
+            async for _ in started:
+                pass
+        for error in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(error, EngineError)
+            assert "shut down" in str(error)
+        with pytest.raises(EngineError, match="shut down"):
+            await collect(serving, "later", [5], SHORT)
+        with pytest.raises(EngineError, match="shut down"):
+            await serving.stats()
+
+    finish(scenario())
+    serving.shutdown()  # a second time does nothing
+    assert not serving._thread.is_alive()
+    assert engine.runner.state is None, "the cache is free"
+
+
+def test_calls_that_meet_the_shutdown_end(serving):
+    """Requests and statistics that other threads ask for around a shutdown get an answer or an error."""
+    barrier, found = threading.Barrier(9), []
+
+    async def ask(i):
+        if i % 2:
+            return await serving.stats()
+        return await collect(serving, str(i), [5 + i], SHORT)
+
+    def asking(i):
+        barrier.wait()
+        for _ in range(50):
+            try:
+                finish(ask(i))
+            except EngineError as error:
+                found.append(str(error))
+                return
+
+    threads = [threading.Thread(target=asking, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    serving.shutdown()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all("shut down" in message for message in found)
