@@ -55,10 +55,13 @@ class KVPages(NamedTuple):
     def write(self, k_TGK: jax.Array, v_TGK: jax.Array, at_T: jax.Array) -> "KVPages":
         """Writes one token each at place `at_T` = page * P + place within the page; places beyond the pool are dropped.
 
-        No two tokens may have the same place. An 8-bit cache stores each head of each token with a scale of its own
-        (largest absolute value over the type's), which is written once and never changes.
+        No two tokens may have the same place. What is not finite is stored as 0: a sequence whose numbers overflow must
+        not reach those that have its pages after it, through products with probability 0. An 8-bit cache stores each
+        head of each token with a scale of its own (largest absolute value over the type's), which is written once and
+        never changes.
         """
         kv_TGK = jnp.stack([k_TGK, v_TGK], axis=-2).reshape(k_TGK.shape[0], -1, k_TGK.shape[-1])
+        kv_TGK = jnp.where(jnp.isfinite(kv_TGK), kv_TGK, 0)
         dtype = self.kv_NPGK.dtype
         if self.scale_NPG is None:
             return KVPages(_put(self.kv_NPGK, kv_TGK.astype(dtype), at_T))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .attention import attend, attend_pages, choose_backend
+from .attention import Runs, attend, attend_pages, choose_backend
 from .config import LlamaConfig
 from .kv_cache import KVPages
 from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
@@ -38,14 +38,18 @@ class StepRows(NamedTuple):
     start_R: jax.Array  # int32, the position of each row's first token
     length_R: jax.Array  # int32, how many of its tokens are real; 0: the row is not used
     tables_RW: jax.Array  # int32, the pages of each row's sequence, numbered within the data shard's pool
+    # int32, only where all rows have one token: a row's number within its run, the rows of consecutive tokens of one
+    # sequence that attention takes together. None: every row for itself.
+    run_place_R: jax.Array | None = None
 
 
 class RowPlaces(NamedTuple):
     """One device's view of `StepRows` for attention."""
 
     at_T: jax.Array  # int32, where each token's key and value go in the pages; beyond the pool: nowhere
-    start_R: jax.Array
+    start_R: jax.Array  # of the rows, or of the runs
     tables_RW: jax.Array
+    runs: Runs | None
 
 
 def xfmr(
@@ -89,6 +93,7 @@ def xfmr_step(
     *,
     mesh: Mesh,
     n_single: int,
+    run_length: int = 1,
     backend: str | None = None,
     all_logits: bool = False,
 ) -> tuple[jax.Array, tuple[KVPages, ...]]:
@@ -103,6 +108,7 @@ def xfmr_step(
       rows: global arrays; each data shard has its own part and its own pool.
       pages: one per layer.
       n_single: B, the rows of one token on each data shard.
+      run_length: rows in a run at most, where rows.run_place_R says which there are.
       backend: attention backend; default: chosen from the model and the mesh's platform.
       all_logits: give the logits of all tokens, not only of each row's last.
 
@@ -111,8 +117,15 @@ def xfmr_step(
     """
     check_mesh(config, mesh)
     backend = choose_backend(config, mesh.devices.flat[0], backend)
-    run = functools.partial(_forward_step, config=config, backend=backend, n_single=n_single, all_logits=all_logits)
-    row_specs = StepRows(*[SPECS["tokens"]] * len(StepRows._fields))
+    run = functools.partial(
+        _forward_step,
+        config=config,
+        backend=backend,
+        n_single=n_single,
+        run_length=run_length,
+        all_logits=all_logits,
+    )
+    row_specs = jax.tree.map(lambda _: SPECS["tokens"], rows)
     sharded = jax.shard_map(
         run,
         mesh=mesh,
@@ -183,11 +196,12 @@ def _forward_step(
     config: LlamaConfig,
     backend: str,
     n_single: int,
+    run_length: int,
     all_logits: bool,
 ) -> tuple[jax.Array, tuple[KVPages, ...]]:
     """One device's part of `xfmr_step`; the letters mean its local part."""
     n_pages, page_size = pages[0].kv_NPGK.shape[:2]
-    positions_T, places = row_places(rows, n_single, n_pages, page_size)
+    positions_T, places = row_places(rows, n_single, n_pages, page_size, run_length)
     rotary = rope_angles(config, positions_T)
     with jax.named_scope("embedding"):
         h_TD = embed(weights.tok_embeddings, rows.tokens_T)
@@ -215,7 +229,9 @@ def _first_tokens(rows: StepRows, n_single: int) -> jax.Array:
     return jnp.where(row_R < n_single, row_R, n_single + (row_R - n_single) * width)
 
 
-def row_places(rows: StepRows, n_single: int, n_pages: int, page_size: int) -> tuple[jax.Array, RowPlaces]:
+def row_places(
+    rows: StepRows, n_single: int, n_pages: int, page_size: int, run_length: int = 1
+) -> tuple[jax.Array, RowPlaces]:
     """Positions (T,) of a step's tokens on one device, and where their keys and values go."""
     first_R = _first_tokens(rows, n_single)
     n_rows, n_tokens = first_R.shape[0], rows.tokens_T.shape[0]
@@ -228,7 +244,13 @@ def row_places(rows: StepRows, n_single: int, n_pages: int, page_size: int) -> t
     page_T = rows.tables_RW.at[row_T, positions_T // page_size].get(mode="fill", fill_value=n_pages)
     real_T = (offset_T < rows.length_R[row_T]) & (page_T < n_pages)
     at_T = jnp.where(real_T, page_T * page_size + positions_T % page_size, n_pages * page_size)
-    return positions_T, RowPlaces(at_T, rows.start_R, rows.tables_RW)
+    if rows.run_place_R is None:
+        return positions_T, RowPlaces(at_T, rows.start_R, rows.tables_RW, None)
+    place_R = rows.run_place_R
+    run_R = jnp.cumsum(place_R == 0) - 1
+    token_RL = jnp.zeros((n_rows, run_length), jnp.int32).at[run_R, place_R].set(token_T)
+    start_R = jnp.zeros_like(rows.start_R).at[run_R].set(rows.start_R - place_R)
+    return positions_T, RowPlaces(at_T, start_R, rows.tables_RW[token_RL[:, 0]], Runs(token_RL, run_R, place_R))
 
 
 def transformer_layer(
@@ -264,7 +286,7 @@ def transformer_layer(
             attn_HK = attend(backend, q_HK, k_GK, v_GK)
         else:
             pages = pages.write(k_GK, v_GK, places.at_T)
-            attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single)
+            attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single, places.runs)
         attn_HK = probe("attn", attn_HK)
         attn = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_HK, w.wo), MODEL))
         h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODEL = {"n_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 32, "vocab_size": 64}
 TINY = ("--config=configs/demo.py", *(f"--config.model.{name}={size}" for name, size in MODEL.items()))
+TINY += ("--config.model.dtype=float32",)
 
 
 def run(folder, *command):
@@ -51,7 +52,7 @@ from sharded_llama.weights import init_weights
 flags.FLAGS(ARGS)
 simulate_cpu_devices(2)
 mesh, length = make_mesh(2, 1), 20
-config = LlamaConfig.from_dict(steps.CONFIG.value.model).replace(dtype="float32")
+config = LlamaConfig.from_dict(steps.CONFIG.value.model)
 weights = init_weights(jax.random.key(3), config, mesh=mesh)
 shape = StepShape(1, 3, steps.BLOCK)
 runner = steps.make_runner(config, mesh, weights, shape, slots=2, length=length + 1)

@@ -1,5 +1,8 @@
 """Attention, chosen by backend: kernels where there are some, plain JAX everywhere else."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -7,9 +10,10 @@ from absl import logging
 from ..config import LlamaConfig
 from ..errors import ConfigError
 from ..kv_cache import KVPages
+from ..sharding import kv_head_layout
 from . import cudnn, paged_tpu
 from .paged import paged_attn_blockwise, paged_attn_reference
-from .paged_gpu import paged_attn_gpu
+from .paged_gpu import MIN_TILE, paged_attn_gpu
 from .reference import attention_weights, blockwise_attn, grouped_query_attn
 
 # "gpu": cuDNN for whole sequences and our kernel over pages; "tpu": a kernel over pages.
@@ -17,6 +21,7 @@ BACKENDS = ("gpu", "tpu", "blockwise", "reference")
 
 __all__ = [
     "BACKENDS",
+    "Runs",
     "attend",
     "attend_pages",
     "attention_weights",
@@ -25,6 +30,7 @@ __all__ = [
     "grouped_query_attn",
     "paged_attn_blockwise",
     "paged_attn_reference",
+    "run_length",
 ]
 
 
@@ -85,11 +91,35 @@ def attend(backend: str, q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array
     return dense(q_BLHK, k_BLGK, v_BLGK, positions_BL)
 
 
+class Runs(NamedTuple):
+    """Which tokens of a step attention takes together: consecutive ones of a sequence. There are at most T runs."""
+
+    token_RL: jax.Array  # int32, the tokens of each run
+    run_T: jax.Array  # int32, each token's run
+    place_T: jax.Array  # int32, its place in it
+
+
+def run_length(backend: str, config: LlamaConfig, model: int) -> int:
+    """How many consecutive tokens of a sequence a kernel takes at the price of one, on `model` shards."""
+    _, heads_per_kv_head = kv_head_layout(config, model)
+    return max(1, MIN_TILE // heads_per_kv_head) if backend == "gpu" else 1
+
+
 def attend_pages(
-    backend: str, q_THK: jax.Array, pages: KVPages, tables_RW: jax.Array, start_R: jax.Array, n_single: int
+    backend: str,
+    q_THK: jax.Array,
+    pages: KVPages,
+    tables_RW: jax.Array,
+    start_R: jax.Array,
+    n_single: int,
+    runs: Runs | None = None,
 ) -> jax.Array:
-    """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows. Returns (T, H, K)."""
+    """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows, or runs. Returns (T, H, K)."""
     kernel = _KERNELS[backend]
+    if runs is not None:
+        # Where a token stands in its run must not change a bit: the GPU kernel splits at fixed positions.
+        kernel = functools.partial(paged_attn_gpu, fixed_splits=True) if backend == "gpu" else kernel
+        return kernel(q_THK[runs.token_RL], pages, tables_RW, start_R)[runs.run_T, runs.place_T]
     n_rows = start_R.shape[0]
     parts = []
     if n_single:

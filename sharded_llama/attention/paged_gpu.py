@@ -63,6 +63,7 @@ class _Sizes(NamedTuple):
     tile: int
     n_tiles: int
     n_splits: int
+    fixed_splits: bool
 
     @property
     def group(self) -> int:
@@ -76,6 +77,7 @@ def paged_attn_gpu(
     start_B: jax.Array,
     *,
     n_splits: int | None = None,
+    fixed_splits: bool = False,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -88,6 +90,8 @@ def paged_attn_gpu(
       tables_BW: int32, the row's pages. Numbers beyond the pool may stand after the last page that is needed.
       start_B: int32. Rows that are not used may have any start.
       n_splits: programs that share the positions of a row, at least 1. By default enough to fill the GPU.
+      fixed_splits: splits begin at positions that do not depend on the row's length. Then a query's result does not
+        even depend on which others are in its row; short rows leave programs idle.
       tuning: by default what suits the number of queries and the types.
       interpret: runs on any platform, slowly.
 
@@ -119,6 +123,7 @@ def paged_attn_gpu(
         tile=tile,
         n_tiles=n_tiles,
         n_splits=n_splits,
+        fixed_splits=fixed_splits,
     )
 
     # Flat views, so that one product makes an offset. They are free: all of this is contiguous.
@@ -242,7 +247,8 @@ def _end(start: jax.Array, tile: jax.Array, sizes: _Sizes) -> jax.Array:
 def _blocks(end: jax.Array, split: jax.Array, sizes: _Sizes) -> tuple[jax.Array, jax.Array]:
     """The blocks [first, last) of a split: as many in each as go, the remainder in the last ones that have any."""
     n_blocks = lax.div(end + sizes.block - 1, sizes.block)
-    each = lax.div(n_blocks + sizes.n_splits - 1, sizes.n_splits)
+    to_split = pl.cdiv(sizes.table * sizes.page_size, sizes.block) if sizes.fixed_splits else n_blocks
+    each = lax.div(to_split + sizes.n_splits - 1, sizes.n_splits)
     return split * each, jnp.minimum((split + 1) * each, n_blocks)
 
 

@@ -1,6 +1,7 @@
 """The engine for a server: one thread steps it, and every request is an asynchronous iterator."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +20,7 @@ class AsyncEngine:
         self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, Callable[[TokenDelta | Exception], None]] = {}  # seen by the thread alone
-        self._stopped = False
+        self._stopped, self._stopping = False, threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -31,8 +32,6 @@ class AsyncEngine:
         Leaving the iteration early, or cancelling the task that iterates, aborts the request. Raises RequestError when
         it cannot be served, EngineError when the engine is dead or dies.
         """
-        if self._stopped:
-            raise EngineError("the engine is dead: it was shut down.")
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
 
@@ -50,7 +49,7 @@ class AsyncEngine:
                 deliver(error)
 
         unfinished = params.n
-        self._calls.put(add)
+        self._call(add)
         try:
             while unfinished:
                 delta = await deltas.get()
@@ -64,7 +63,7 @@ class AsyncEngine:
                 yield delta
         finally:
             if unfinished:
-                self._calls.put(lambda: self._abort(request_id))
+                self._calls.put(lambda: self._abort(request_id, deliver))
 
     async def stats(self) -> EngineStats:
         """The engine's statistics between two steps."""
@@ -73,23 +72,31 @@ class AsyncEngine:
 
         def report() -> None:
             stats = self._engine.stats()
-            loop.call_soon_threadsafe(lambda: future.done() or future.set_result(stats))
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(stats))
 
-        if self._stopped:
-            raise EngineError("the engine is dead: it was shut down.")
-        self._calls.put(report)
+        self._call(report)
         return await future
 
     def shutdown(self) -> None:
         """Ends every request with an error and the thread after its current step."""
-        if not self._stopped:
+        with self._stopping:
+            if not self._stopped:
+                self._calls.put(None)
             self._stopped = True
-            self._calls.put(None)
-            self._thread.join()
+        self._thread.join()
 
-    def _abort(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._engine.abort(request_id)
+    def _call(self, call: Callable[[], None]) -> None:
+        """Has the thread call it between two steps. Nothing comes behind the end, where nobody would answer."""
+        with self._stopping:
+            if self._stopped:
+                raise EngineError("the engine is dead: it was shut down.")
+            self._calls.put(call)
+
+    def _abort(self, request_id: str, deliver: Callable[[TokenDelta | Exception], None]) -> None:
+        if self._streams.get(request_id) is deliver:  # else it was refused, or has ended: the name may be another's
+            del self._streams[request_id]
+            self._engine.abort(request_id)
 
     def _loop(self) -> None:
         while True:

@@ -16,12 +16,12 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from ..attention import choose_backend
+from ..attention import choose_backend, run_length
 from ..config import LlamaConfig
 from ..errors import EngineError, RequestError
 from ..kv_cache import PAGE_SIZE
 from ..sampling import Sampled, SamplingParams
-from ..sharding import DATA
+from ..sharding import DATA, MODEL
 from ..weights import XfmrWeights
 from .compilation import use_compilation_cache
 from .lockstep import Lockstep
@@ -100,8 +100,8 @@ class Engine:
         check_options(options, config)
         use_compilation_cache()
         self.config, self.mesh, self.options = config, mesh, options
-        self.sizes = sizes_of(options, mesh)
         backend = choose_backend(config, mesh.devices.flat[0], attention)
+        self.sizes = sizes_of(options, mesh, run_length(backend, config, mesh.shape[MODEL]))
         start = time.perf_counter()
         budget = plan_pages(config, mesh, weights, backend, options, self.sizes)
         logging.info("memory plan: %.1f s", time.perf_counter() - start)
@@ -153,6 +153,8 @@ class Engine:
             raise RequestError(f"request {request_id!r} is being served already; give every request an id of its own.")
         if len(self._sequences) >= MAX_REQUESTS:
             raise RequestError(f"{MAX_REQUESTS} requests are waiting already; send this one later.")
+        if self._aborted:  # what is still to be said of an aborted request must not be taken for this one's
+            self._aborted = [delta for delta in self._aborted if delta.request_id != request_id]
         stop = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
         seed = self._seed + self._arrivals if params.seed is None else params.seed
         leader, sequences = None, []
@@ -289,6 +291,7 @@ class Engine:
         self._dead = self._dead or "it was shut down"
         self._in_flight.clear()
         self._sequences.clear()
+        self._aborted.clear()
         self.runner.state = None
 
     def _check_alive(self) -> None:

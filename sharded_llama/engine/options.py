@@ -75,6 +75,7 @@ class Sizes:
     block: int  # tokens of a chunk's row
     max_blocks: int  # chunk rows of one step
     decode_steps: int
+    run_length: int  # where all rows have one token: consecutive ones that attention takes together
     shapes: tuple[StepShape, ...]  # of every step that is ever run, smallest first
 
     def shape_for(self, n_single: int, n_blocks: int) -> StepShape:
@@ -83,8 +84,11 @@ class Sizes:
         return min(fitting, key=lambda s: s.n_tokens)
 
 
-def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
-    """What the options mean on a mesh. Raises ConfigError when they contradict one another."""
+def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
+    """What the options mean on a mesh. Raises ConfigError when they contradict one another.
+
+    run_length: what the attention kernel takes at no extra cost, see `attention.run_length`.
+    """
     data = mesh.shape[DATA]
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     defaults = CPU if on_cpu else ACCELERATOR
@@ -102,7 +106,7 @@ def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
         if max_tokens < slots:
             raise ConfigError(_too_few(max_tokens * data, slots * data, slots * data))
         shapes = (StepShape(max_tokens, 0, 1),)
-        return Sizes(slots, max_tokens, 1, max_tokens, 1, shapes)
+        return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, shapes)
     if max_tokens < slots + BLOCK:
         raise ConfigError(_too_few(max_tokens * data, slots * data, (slots + BLOCK) * data))
     max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
@@ -114,7 +118,7 @@ def sizes_of(options: EngineOptions, mesh: Mesh) -> Sizes:
     shapes = [StepShape(n, 0, 1) for n in singles]
     shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
     decode_steps = options.decode_steps or (4 if on_cpu else 1)
-    return Sizes(slots, max_tokens, BLOCK, max_blocks, decode_steps, tuple(shapes))
+    return Sizes(slots, max_tokens, BLOCK, max_blocks, decode_steps, 1, tuple(shapes))
 
 
 def _too_few(given: int, seqs: int, least: int) -> str:

@@ -71,6 +71,8 @@ class Packer:
             rows[at, Column.START] = chunk.start + first
             rows[at, Column.LENGTH] = np.minimum(len(chunk.tokens) - first, size)
             rows[at, Column.SLOT] = chunk.seq.slot
+            if self.sizes.run_length > 1:
+                rows[at, Column.RUN_PLACE] = first % self.sizes.run_length
             rows[at, Column.TEMPERATURE :] = self._params[shard, chunk.seq.slot]
             if chunk.last:
                 rows[at.stop - 1, Column.SAMPLES] = 1

@@ -134,7 +134,8 @@ class Runner:
 
     def _forward(self, shape: StepShape) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:
-            return forward(weights, DeviceState(pages, tables, tokens), rows, chunks, **self._static)
+            state = DeviceState(pages, tables, tokens)
+            return forward(weights, state, rows, chunks, run_length=self.sizes.run_length, **self._static)
 
         args = (
             self._abstract_weights,

@@ -36,6 +36,8 @@ class Column:
     MIN_P = 9  # float32
     SEED = 10  # two columns, uint32: high and low word
     COUNT = 12
+    # LIMIT matters where several steps are run, RUN_PLACE in runs of rows, which exclude one another.
+    RUN_PLACE = LIMIT  # the row's number within its run (see `model.StepRows`)
 
 
 FROM_SLOT = -1
@@ -74,6 +76,7 @@ def forward(
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
+    run_length: int = 1,
 ) -> tuple[jax.Array, jax.Array, tuple[KVPages, ...]]:
     """Logits (R, V') of the rows, the logarithms (R,) of what normalises them, and the pages.
 
@@ -81,19 +84,22 @@ def forward(
     """
     data = mesh.shape["data"]
     n_single = (rows_RX.shape[0] - tokens_CQ.shape[0]) // data
+    specs = SPECS["tokens"]
     expand = jax.shard_map(
-        functools.partial(_step_rows, n_single=n_single),
+        functools.partial(_step_rows, n_single=n_single, in_runs=run_length > 1),
         mesh=mesh,
-        in_specs=(SPECS["tokens"],) * 4,
-        out_specs=StepRows(*[SPECS["tokens"]] * len(StepRows._fields)),
+        in_specs=(specs,) * 4,
+        out_specs=StepRows(specs, specs, specs, specs, specs if run_length > 1 else None),
     )
     rows = expand(state.tables_SW, state.tokens_S, rows_RX, tokens_CQ)
-    logits_RV, pages = xfmr_step(weights, config, rows, state.pages, mesh=mesh, n_single=n_single, backend=backend)
+    logits_RV, pages = xfmr_step(
+        weights, config, rows, state.pages, mesh=mesh, n_single=n_single, run_length=run_length, backend=backend
+    )
     return logits_RV, log_normalizer(logits_RV, mesh=mesh), pages
 
 
 def _step_rows(
-    tables_SW: jax.Array, tokens_S: jax.Array, rows_RX: jax.Array, tokens_CQ: jax.Array, *, n_single: int
+    tables_SW: jax.Array, tokens_S: jax.Array, rows_RX: jax.Array, tokens_CQ: jax.Array, *, n_single: int, in_runs: bool
 ) -> StepRows:
     """One device's rows, with the tables and tokens of their slots."""
     slot_R = rows_RX[:, Column.SLOT]
@@ -105,6 +111,7 @@ def _step_rows(
         start_R=rows_RX[:, Column.START],
         length_R=rows_RX[:, Column.LENGTH],
         tables_RW=tables_SW.at[slot_R].get(mode="clip"),
+        run_place_R=rows_RX[:, Column.RUN_PLACE] if in_runs else None,
     )
 
 
