@@ -80,12 +80,21 @@ def make_runner(
     """
     of_slot, data = pages_per_sequence(length), mesh.shape[DATA]
     n_pages = slots * of_slot
+    sizes = Sizes(
+        slots=slots,
+        max_tokens=shape.n_tokens,
+        block=shape.block,
+        max_blocks=shape.n_blocks,
+        decode_steps=1,
+        run_length=1,
+        shapes=(shape,),
+    )
     runner = Runner(
         config,
         mesh,
         weights,
         backend=choose_backend(config, mesh.devices.flat[0]),
-        sizes=Sizes(slots, shape.n_tokens, shape.block, shape.n_blocks, 1, (shape,)),
+        sizes=sizes,
         n_pages=n_pages,
         table_width=of_slot,
         kv_dtype="auto",
