@@ -102,7 +102,7 @@ def summary(llm: LLM, t: Timings) -> str:
     return (
         f"{t.prompt_tokens} prompt tokens, {t.new_tokens} new tokens, "
         f"{1e3 * t.first_token_s:.0f} ms to first token, {t.tokens_per_s:.1f} tokens/s "
-        f"(after {t.start_s:.1f} s of starting the engine)\n"
+        f"(after {t.compile_s:.1f} s of compilation)\n"
         f"mesh data:{data},model:{model} on {data * model} {device.platform} devices ({device.device_kind}), "
         f"{llm.config.dtype}, {llm.backend} attention"
     )

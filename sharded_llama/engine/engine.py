@@ -6,6 +6,7 @@ plans. In a run of several processes the engine of process 0 decides, and those 
 
 import collections
 import dataclasses
+import operator
 import secrets
 import time
 from collections.abc import Sequence as Seq
@@ -182,7 +183,10 @@ class Engine:
 
     def check_prompt(self, prompt: Seq[int]) -> list[int]:
         """The prompt as a list. Raises RequestError when it can never be served."""
-        ids = [int(i) for i in prompt]
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError as error:
+            raise RequestError(f"a prompt is a list of token ids, whole numbers: {error}.") from None
         if not ids:
             raise RequestError("the prompt has no tokens; it needs at least one, such as BOS.")
         bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)

@@ -46,6 +46,9 @@ class EngineOptions:
         utilization = self.memory_utilization
         if isinstance(utilization, bool) or not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ConfigError(f"memory_utilization={utilization!r} must be a number above 0 and at most 1.")
+        for name in ("enable_prefix_caching", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise ConfigError(f"seed={self.seed!r} must be a whole number.")
 

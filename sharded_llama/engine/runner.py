@@ -57,6 +57,7 @@ class Runner:
         self.config, self.mesh, self.weights, self.backend, self.sizes = config, mesh, weights, backend, sizes
         self.n_pages, self.table_width, self.kv_dtype = n_pages, table_width, kv_dtype
         self._compiled: dict[tuple, Any] = {}
+        self.compile_s = 0.0  # of all executables, one after the other
         self._abstract_weights = abstract_weights(config, mesh)
         self._abstract_pages = KVPages.abstract(config, mesh, n_pages, kv_dtype)
         self.state: DeviceState | None = None
@@ -198,8 +199,12 @@ class Runner:
     def _compile(self, key: tuple, run: Callable, args: tuple, *, donate: tuple[int, ...], out: Any) -> Any:
         if key not in self._compiled:
             # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
+            start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
             self._compiled[key] = jitted.lower(*args).compile()
+            seconds = time.perf_counter() - start
+            self.compile_s += seconds
+            logging.vlog(1, "compiled %s: %.1f s", key, seconds)
         return self._compiled[key]
 
 

@@ -24,7 +24,10 @@ RNG = np.random.default_rng(0)
 WATCHED = {
     "greedy": (RNG.integers(3, VOCAB, 30).tolist(), SamplingParams(temperature=0.0, max_tokens=20, logprobs=0)),
     "sampled": (RNG.integers(3, VOCAB, 21).tolist(), SamplingParams(seed=5, max_tokens=20, logprobs=3)),
-    "filtered": (RNG.integers(3, VOCAB, 18).tolist(), SamplingParams(top_k=9, top_p=0.9, seed=6, max_tokens=9, logprobs=1)),
+    "filtered": (
+        RNG.integers(3, VOCAB, 18).tolist(),
+        SamplingParams(top_k=9, top_p=0.9, seed=6, max_tokens=9, logprobs=1),
+    ),
 }
 
 

@@ -132,7 +132,9 @@ def new_engine(model, tmp_path_factory):
             of_mesh = load_model(folder, mesh=make_mesh(*mesh_shape), skip_tokenizer=True, progress=False)
             loaded[mesh_shape] = of_mesh.config.replace(eos_ids=STOP_IDS), of_mesh.mesh, of_mesh.weights
         sizes = {name: mesh_shape[0] * size for name, size in SIZES.items()}
-        return Engine(*loaded[mesh_shape], EngineOptions(**{"num_pages": N_PAGES, "decode_steps": 1, **sizes, **options}))
+        return Engine(
+            *loaded[mesh_shape], EngineOptions(**{"num_pages": N_PAGES, "decode_steps": 1, **sizes, **options})
+        )
 
     return make
 
@@ -310,7 +312,7 @@ def test_nothing_compiles_after_start(new_engine, cases):
 
 @pytest.mark.parametrize(
     ("rubbish", "options"),
-    # Chunks' rows of several tokens multiply what they do not see by zero: it must be finite. Rows of one never touch it.
+    # Rows of several tokens multiply what they do not see by zero: that must be finite. Rows of one do not touch it.
     [(1e30, {}), (np.nan, {"deterministic": True, "max_num_batched_tokens": None})],
     ids=["chunks", "single rows"],
 )

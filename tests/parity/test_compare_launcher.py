@@ -515,7 +515,7 @@ def test_bad_flags(folder, args, message, nothing_is_computed):
         (["--against_mesh=model:3"], "Sizes that work: 1, 2, 4, 8.", MeshError),
         (["--against_checkpoint=/nowhere"], "/nowhere", ShardedLlamaError),
         (["--rope_factor=8"], "a rope factor was given, but its own config says it", ShardedLlamaError),
-        (["--against_dtype=float16", "--attention=cudnn"], "cuDNN attention needs an NVIDIA GPU", ShardedLlamaError),
+        (["--against_dtype=float16", "--attention=gpu"], "attention='gpu' needs an NVIDIA GPU", ShardedLlamaError),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )

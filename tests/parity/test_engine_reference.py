@@ -33,7 +33,7 @@ def llm(checkpoint):
     @functools.cache
     def load(mesh_shape=(1, 1), dtype="float32", folder=checkpoint) -> sl.LLM:
         mesh = sl.make_mesh(*mesh_shape)
-        return sl.load(folder, mesh=mesh, dtype=dtype, skip_tokenizer=True, progress=False)
+        return sl.LLM(folder, mesh=mesh, dtype=dtype, skip_tokenizer=True, progress=False)
 
     return load
 

@@ -60,7 +60,7 @@ def checkpoints(tmp_path_factory):
 def test_every_component_is_within_the_contract(checkpoints, name, dtype, mesh_shape):
     folder = checkpoints(name, "bfloat16" if dtype == "bfloat16" else "float32")
     with jax.enable_x64(dtype == "float64"):
-        llm = sl.load(folder, mesh=sl.make_mesh(*mesh_shape), dtype=dtype, skip_tokenizer=True, progress=False)
+        llm = sl.LLM(folder, mesh=sl.make_mesh(*mesh_shape), dtype=dtype, skip_tokenizer=True, progress=False)
         reference = TorchReference(open_transformers(folder, dtype))
         report = compare(llm, reference, TOKENS, chunk=5, new_tokens=6, components_only=not is_whole(name, mesh_shape))
     assert report.passed, report.first_failure

@@ -9,9 +9,11 @@ import pytest
 from hf_reference import LLAMA3_ROPE, make_model, save
 
 import sharded_llama as sl
-from sharded_llama import kv_cache, model
-from sharded_llama.attention import reference as attention
+from sharded_llama import model
+from sharded_llama.attention import paged, reference as attention
+from sharded_llama.engine.loading import LoadedModel
 from sharded_llama.errors import ParityError
+from sharded_llama.kv_cache import KVPages
 from sharded_llama.parity import capture
 from sharded_llama.parity.compare import compare
 from sharded_llama.parity.components import Greedy
@@ -43,7 +45,13 @@ def fresh_compilations():
 
 
 def load(checkpoint, mesh_shape=(1, 2)) -> sl.LLM:
-    return sl.load(checkpoint, mesh=sl.make_mesh(*mesh_shape), skip_tokenizer=True, progress=False)
+    return sl.LLM(checkpoint, mesh=sl.make_mesh(*mesh_shape), skip_tokenizer=True, progress=False)
+
+
+def of(llm: sl.LLM, **changes) -> sl.LLM:
+    """The same model but for its config or weights."""
+    fields = {"config": llm.config, "mesh": llm.mesh, "weights": llm.weights}
+    return sl.LLM(LoadedModel(**fields | changes), progress=False)
 
 
 def with_weights(llm: sl.LLM, change) -> sl.LLM:
@@ -53,11 +61,11 @@ def with_weights(llm: sl.LLM, change) -> sl.LLM:
         jax.tree.map(lambda new, old: put(new, old.sharding), change(jax.tree.map(np.array, layer)), layer)
         for layer in llm.weights.layers
     )
-    return sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=layers))
+    return of(llm, weights=llm.weights._replace(layers=layers))
 
 
 def with_config(llm: sl.LLM, **changes) -> sl.LLM:
-    return sl.LLM(llm.config.replace(**changes), llm.mesh, llm.weights)
+    return of(llm, config=llm.config.replace(**changes))
 
 
 def wrong_eps(llm, monkeypatch):
@@ -91,36 +99,74 @@ def swapped_gate_and_up(llm, monkeypatch):
 
 
 def shifted_cache_position(llm, monkeypatch):
-    write = kv_cache._write
-    monkeypatch.setattr(
-        kv_cache,
-        "_write",
-        lambda cache, new, pos, first_row: write(cache, new, None if pos is None else pos + 1, first_row),
-    )
+    """Every token is written one place further on, the last of a page into the first of another sequence's."""
+    write = KVPages.write
+    monkeypatch.setattr(KVPages, "write", lambda pages, k, v, at_T: write(pages, k, v, at_T + 1))
     return llm
+
+
+def swapped_keys_and_values(llm, monkeypatch):
+    """Both are in the cache, each in the other's place."""
+    write = KVPages.write
+    monkeypatch.setattr(KVPages, "write", lambda pages, k, v, at_T: write(pages, v, k, at_T))
+    return llm
+
+
+def places_of(monkeypatch, change):
+    """Changes where the tokens of a step go: `change` is given the rows, and the function from rows to places."""
+    places = model.row_places
+
+    def changed(rows, n_single, n_pages, page_size):
+        return change(rows, lambda rows: places(rows, n_single, n_pages, page_size))
+
+    for module in (model, capture):
+        monkeypatch.setattr(module, "row_places", changed)
 
 
 def one_position_for_all_rows(llm, monkeypatch):
     """Every row is written where the first one is: right as long as all rows are at the same position."""
-    write = kv_cache._write
 
-    def wrong(cache, new, pos, first_row):
-        return write(cache, new, None if pos is None else jnp.broadcast_to(pos[0], pos.shape), first_row)
+    def change(rows, places):
+        positions_T, right = places(rows)
+        _, wrong = places(rows._replace(start_R=jnp.broadcast_to(rows.start_R[0], rows.start_R.shape)))
+        return positions_T, right._replace(at_T=wrong.at_T)
 
-    monkeypatch.setattr(kv_cache, "_write", wrong)
+    places_of(monkeypatch, change)
+    return llm
+
+
+def first_page_for_all_positions(llm, monkeypatch):
+    """The table is not looked at beyond its first entry: right as long as sequences are short."""
+
+    def change(rows, places):
+        positions_T, right = places(rows)
+        first_RW = jnp.broadcast_to(rows.tables_RW[:, :1], rows.tables_RW.shape)
+        _, wrong = places(rows._replace(tables_RW=first_RW))
+        return positions_T, right._replace(at_T=wrong.at_T)
+
+    places_of(monkeypatch, change)
+    return llm
+
+
+def tables_of_the_neighbours(llm, monkeypatch):
+    """Attention looks into the pages of the row before; what is written is right."""
+
+    def change(rows, places):
+        positions_T, right = places(rows)
+        return positions_T, right._replace(tables_RW=jnp.roll(rows.tables_RW, 1, axis=0))
+
+    places_of(monkeypatch, change)
     return llm
 
 
 def rotary_of_the_next_position(llm, monkeypatch):
     """Rotary embeddings off by one with the cache: attention sees differences of positions, and only those."""
-    angles = model.rotary_positions
 
-    def shifted(config, shape, cur_pos_B):
-        positions, cos, sin = angles(config, shape, None if cur_pos_B is None else cur_pos_B + 1)
-        return positions if cur_pos_B is None else positions - 1, cos, sin
+    def change(rows, places):
+        positions_T, right = places(rows)
+        return positions_T + 1, right
 
-    for module in (model, capture):
-        monkeypatch.setattr(module, "rotary_positions", shifted)
+    places_of(monkeypatch, change)
     return llm
 
 
@@ -163,7 +209,7 @@ def wrong_scale_of_scores(llm, monkeypatch):
 
 def untied_output(llm, monkeypatch):
     """The output matrix taken from the embeddings, as if they were tied."""
-    return sl.LLM(llm.config, llm.mesh, llm.weights._replace(output=None))
+    return of(llm, weights=llm.weights._replace(output=None))
 
 
 ROTATED = {"q_rotated", "k_rotated", "cached_q_rotated", "cached_k_rotated"}
@@ -211,7 +257,7 @@ def test_the_position_of_a_single_wrong_weight_is_named(checkpoint, reference):
 
     llm = load(checkpoint)
     changed = with_weights(llm, change).weights.layers[1]
-    broken = sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=(llm.weights.layers[0], changed)))
+    broken = of(llm, weights=llm.weights._replace(layers=(llm.weights.layers[0], changed)))
     report = compare(broken, reference, TOKENS, modes=[ISOLATED], new_tokens=0)
     row = report.first_failure
     assert (row.stage, row.component, row.axes, row.difference.worst.position[2]) == ("layers.1", "gate", "BLF", 17)
@@ -236,7 +282,7 @@ def test_a_replica_without_a_row_of_its_own_is_compared(checkpoint, reference):
         return jax.make_array_from_single_device_arrays(w2.shape, w2.sharding, arrays)
 
     layers = tuple(layer._replace(w2=broken_on_the_last(layer.w2)) for layer in llm.weights.layers)
-    broken = sl.LLM(llm.config, llm.mesh, llm.weights._replace(layers=layers))
+    broken = of(llm, weights=llm.weights._replace(layers=layers))
     report = compare(broken, reference, TOKENS[:1], chunk=5, components_only=True)
     assert (report.first_failure.component, report.first_failure.difference.worst.position[0]) == ("down", 0)
 

@@ -10,8 +10,11 @@ import pytest
 
 from sharded_llama.config import LlamaConfig
 from sharded_llama.engine import steps as steps_module
-from sharded_llama.engine.steps import Steps
+from sharded_llama.engine.options import EngineOptions, sizes_of
+from sharded_llama.engine.runner import Runner
+from sharded_llama.engine.steps import StepShape
 from sharded_llama.mesh import make_mesh
+from sharded_llama.weights import abstract_weights
 
 CONFIG = LlamaConfig(
     dim=48,
@@ -76,12 +79,24 @@ def test_the_compiled_steps_are_those_of_a_model_without_probes(stripped, monkey
     assert {"attention_norm", "q_rotated", "attn_wo", "gate", "ffn_residual", "norm"} <= set(removed)
 
     def programs() -> list[str]:
-        steps = Steps(CONFIG, make_mesh(*mesh_shape))
-        return [
-            program(steps.decode(4, 64, greedy=False)),
-            program(steps.prefill(4, 16, 4, 64, greedy=True)),
-        ]
+        mesh = make_mesh(*mesh_shape)
+        options = EngineOptions(max_num_seqs=4 * mesh_shape[0], max_num_batched_tokens=36 * mesh_shape[0])
+        runner = Runner(
+            CONFIG,
+            mesh,
+            abstract_weights(CONFIG, mesh),
+            backend="blockwise",
+            sizes=sizes_of(options, mesh),
+            n_pages=8,
+            table_width=4,
+            kv_dtype="auto",
+        )
+        decode, mixed = StepShape(4, 0, 1), StepShape(4, 2, 16)
+        assert {decode, mixed} <= set(runner.sizes.shapes)
+        return [program(runner._forward(decode)), program(runner._forward(mixed))]
 
     served = programs()
-    monkeypatch.setattr(steps_module, "xfmr", model.xfmr)
+    used = []
+    monkeypatch.setattr(steps_module, "xfmr_step", lambda *args, **kw: used.append(1) or model.xfmr_step(*args, **kw))
     assert programs() == served
+    assert len(used) == 2

@@ -14,7 +14,7 @@ import torch
 from tiny_model import CONFIG, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sharded_llama.engine.llm import load
+from sharded_llama.engine.llm import LLM
 from sharded_llama.mesh import make_mesh
 from sharded_llama.training.settings import TrainSettings
 
@@ -83,7 +83,7 @@ def test_the_checkpoint_is_one_model_to_transformers_and_to_us(run):
     assert theirs.dtype == torch.float32
     prompt = tokenizer("7 green bottles", return_tensors="pt")["input_ids"]
     expected = theirs.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=1)
-    llm = load(folder, mesh=make_mesh(2, 2), progress=False)
+    llm = LLM(folder, mesh=make_mesh(2, 2), max_num_seqs=16, max_num_batched_tokens=64, progress=False)
     (answer,) = llm.generate("7 green bottles", max_tokens=8, ignore_eos=True)
     assert list(answer.prompt_token_ids + answer.token_ids) == expected[0].tolist()
 
