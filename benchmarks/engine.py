@@ -208,7 +208,7 @@ def bare_seconds(runner: Runner, work: Work) -> float:
 def pool(model: LLM, results: list[Row], rng: np.random.Generator) -> None:
     """The same decoding beside few and beside many cached tokens, each in an engine whose pool is made for it."""
     data, batch = model.mesh.shape[DATA], POOL_BATCH.value
-    options = EngineOptions.make(**engine_flags.engine_options())
+    options = EngineOptions.make(**engine_flags.engine_options() | {"max_num_seqs": batch})
     longest = PROMPT.value + PAGE_SIZE // 2 + room_to_decode(sizes_of(options, model.mesh), -(-batch // data))
     longest = min(longest, options.max_model_len or model.config.max_seq_len)
     of_prompt = PROMPT.value // PAGE_SIZE  # full pages
@@ -217,8 +217,8 @@ def pool(model: LLM, results: list[Row], rng: np.random.Generator) -> None:
         n_prompts = -(-bounded(wanted, "--pool_tokens") // (of_prompt * PAGE_SIZE))
         # A running prompt takes one page beyond its full ones.
         n_pages = -(-n_prompts // data) * (of_prompt + 1) + -(-batch // data) * pages_per_sequence(longest)
-        sizes = {"num_pages": n_pages, "max_model_len": longest, "enable_prefix_caching": True}
-        with serving(model, results, "pool", **sizes) as llm:
+        sizes = {"num_pages": n_pages, "max_model_len": longest, "max_num_seqs": batch}
+        with serving(model, results, "pool", **sizes, enable_prefix_caching=True) as llm:
             prompts = [random_prompt(model.config, of_prompt * PAGE_SIZE + 1, rng) for _ in range(n_prompts)]
             llm.generate(prompts, temperature=0.0, max_tokens=1)
             with decoding(llm.engine, batch, rng) as last:

@@ -27,7 +27,7 @@ from sharded_llama.engine.options import ACCELERATOR, BLOCK, Sizes, pages_per_se
 from sharded_llama.engine.runner import Runner, Work
 from sharded_llama.engine.steps import FROM_SLOT, Column, DeviceState, StepShape
 from sharded_llama.errors import ConfigError
-from sharded_llama.kv_cache import KVPages
+from sharded_llama.kv_cache import KVPages, pages_layout
 from sharded_llama.mesh import make_mesh, parse_mesh, simulate_cpu_devices
 from sharded_llama.model import xfmr
 from sharded_llama.sharding import DATA, MODEL
@@ -46,6 +46,7 @@ STEPS = flags.DEFINE_integer("steps", 64, "Timed decode steps.")
 NAME = flags.DEFINE_string("name", "steps", "Name of the result.")
 OUT = flags.DEFINE_string("out", None, "Folder of the result; default: benchmarks/results.")
 flags.mark_flag_as_required("config")
+flags.register_validator("recompute", lambda n: n == 0 or n >= 2, "must be 0 or at least 2")
 
 
 def copy_bandwidth() -> float | None:
@@ -111,8 +112,9 @@ def make_runner(
 
 def random_pages(config: LlamaConfig, mesh: Mesh, n_pages: int) -> tuple[KVPages, ...]:
     """Pages of normally distributed values: what is computed of zeros takes less power, and so less time."""
-    kv = KVPages.abstract(config, mesh, n_pages)[0].kv_NPGK
-    fill = jax.jit(lambda key: jax.random.normal(key, kv.shape, kv.dtype), out_shardings=kv.sharding)
+    abstract = KVPages.abstract(config, mesh, n_pages)
+    kv, layout = abstract[0].kv_NPGK, pages_layout(abstract)[0].kv_NPGK
+    fill = jax.jit(lambda key: jax.random.normal(key, kv.shape, kv.dtype), out_shardings=layout)
     return tuple(KVPages(fill(key)) for key in jax.random.split(jax.random.key(1), config.n_layers))
 
 

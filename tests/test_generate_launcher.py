@@ -108,7 +108,7 @@ class TestMistakes:
             (["--checkpoint=demo"], "no prompt"),
             (["--prompt=x"], "no checkpoint"),
             (["--checkpoint=/nowhere", "--prompt=x"], "/nowhere"),
-            (["--checkpoint=demo", "--prompt=" + "to be " * 600], "max_model_len=512 must hold the prompt and at least one new token"),
+            (["--checkpoint=demo", "--prompt=" + "to be " * 600], "max_model_len=512 must hold the prompt and"),
             (["--checkpoint=demo", "--prompt_file=/nowhere"], "--prompt_file=/nowhere"),
             (["--checkpoint=demo", "--prompt=x", "--output=/nowhere/x"], "its folder does not exist"),
             (["--checkpoint=demo", "--prompt=x", "--output=/"], "--output=/ is a folder"),

@@ -43,11 +43,16 @@ class Circumstances:
 
 @pytest.fixture(scope="module")
 def new_engine(tmp_path_factory):
-    model = make_model("grouped", num_hidden_layers=2, max_position_embeddings=96, eos_token_id=None)
-    folder = save(model, tmp_path_factory.mktemp("model"))
+    def checkpoint(n_layers):
+        model = make_model("grouped", num_hidden_layers=n_layers, max_position_embeddings=96, eos_token_id=None)
+        return save(model, tmp_path_factory.mktemp("model"))
 
-    def make(mesh_shape, dtype, **options):
-        loaded = load_model(folder, mesh=make_mesh(*mesh_shape), dtype=dtype, skip_tokenizer=True, progress=False)
+    folders = {n_layers: checkpoint(n_layers) for n_layers in (1, 2)}
+
+    def make(mesh_shape, dtype, n_layers=1, **options):
+        loaded = load_model(
+            folders[n_layers], mesh=make_mesh(*mesh_shape), dtype=dtype, skip_tokenizer=True, progress=False
+        )
         sizes = {name: mesh_shape[0] * size for name, size in SIZES.items()}
         config = loaded.config.replace(eos_ids=(100, 101))
         return Engine(config, loaded.mesh, loaded.weights, EngineOptions(**OPTIONS, **sizes, **options))
@@ -135,10 +140,20 @@ def test_deterministic_is_bitwise(new_engine, mesh_shape, dtype, n_trials):
     assert {len(alone["greedy"]), len(alone["sampled"])} == {20}
 
 
+def test_deterministic_in_runs_is_bitwise(new_engine, monkeypatch, n_trials):
+    """Where attention takes consecutive tokens of a prompt together, as on GPUs, a token's place among them is as good
+    as any other."""
+    monkeypatch.setattr("sharded_llama.engine.engine.run_length", lambda *_: 4)
+    engine = new_engine((1, 1), "bfloat16", deterministic=True)
+    assert engine.sizes.run_length == 4
+    alone, *together = trials(engine, n_trials)
+    assert all(answers == alone for answers in together)
+
+
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
 def test_otherwise_up_to_rounding(new_engine, mesh_shape, n_trials):
     """The same tokens in float32; log-probabilities as near as rounding leaves them."""
-    alone, *together = trials(new_engine(mesh_shape, "float32"), n_trials)
+    alone, *together = trials(new_engine(mesh_shape, "float32", n_layers=2), n_trials)
     for answers in together:
         for name, answer in answers.items():
             assert [token for token, _ in answer] == [token for token, _ in alone[name]]

@@ -329,14 +329,38 @@ def test_pages_leave_no_trace(new_engine, cases, expected, rubbish, options):
     assert engine.stats().scheduler.cached_tokens == 0
 
 
-class TestEightBitCache:
-    """A stored value is off by at most half a step: of int8 1/254 of the head's largest, of float8 1/16 of itself.
+def test_a_sequence_that_overflows_spoils_no_other(new_engine, cases, expected):
+    """One token of this model is infinite; who has the pages of its sequences next does not notice."""
+    others = cases[:40]
+    harmless = {token for case in others for token in case.prompt}
+    harmless.update(token for case in others for token in expected[case.name, 0][0])
+    token = min(set(range(VOCAB)) - harmless)
+    engine = new_engine(enable_prefix_caching=False)
+    weights = engine.runner.weights
+    table = np.array(weights.tok_embeddings)
+    table[token] = np.inf
+    table = jax.device_put(table, weights.tok_embeddings.sharding)
+    engine.runner.weights = weights._replace(tok_embeddings=table)
+    spoilt = [Case(f"spoilt{i}", [token, *case.prompt, token], case.params) for i, case in enumerate(cases[40:80])]
+    mixed = [case for pair in zip(spoilt, others, strict=True) for case in pair]
+    for chosen in (spoilt, mixed):
+        answers = run(engine, chosen)
+    assert {answers[case.name, 0].tokens[0] for case in spoilt} == {0}, "after this token all logits are NaN"
+    found = {key: answer for key, answer in text(answers).items() if key in expected}
+    assert found == {key: expected[key] for key in found}
+    assert len(found) >= 40
 
-    The logits of this model move by about as much as the keys and values do.
+
+class TestEightBitCache:
+    """A stored value is off by at most half a step: in int8 1/254 of its head's largest, in float8 1/16 of itself.
+
+    The logits move by about as much, the roundings of many values averaging out: 0.008 and 0.042 were measured. The
+    bounds are twice that.
     """
 
-    # Measured: int8 0.0063, float8 0.036.
-    BOUNDS = {"int8": 0.013, "float8_e4m3fn": 0.07}  # noqa: RUF012
+    BOUNDS = {"int8": 0.016, "float8_e4m3fn": 0.085}  # noqa: RUF012
+    # One token that differs changes all that follow. Measured: 0.88 and 0.57, and 0.99 of the first tokens.
+    WHOLE_ANSWERS = {"int8": 0.75, "float8_e4m3fn": 0.4}  # noqa: RUF012
 
     @pytest.mark.parametrize("kv_dtype", BOUNDS)
     def test_logits_through_the_cache(self, new_engine, model, kv_dtype):
@@ -362,7 +386,9 @@ class TestEightBitCache:
         engine = new_engine(kv_cache_dtype=kv_dtype, deterministic=True, max_num_batched_tokens=None)
         answers = run(engine, cases[:80])
         assert engine.stats().scheduler.preemptions > 0
-        n_equal = [answer.tokens[0] == expected[key][0][0] for key, answer in answers.items()]
-        print(kv_dtype, np.mean(n_equal), np.mean([a.tokens == expected[k][0] for k, a in answers.items()]))
+        first = np.mean([answer.tokens[0] == expected[key][0][0] for key, answer in answers.items()])
+        whole = np.mean([answer.tokens == expected[key][0] for key, answer in answers.items()])
+        assert first > 0.95
+        assert whole > self.WHOLE_ANSWERS[kv_dtype]
         for case in cases[:80:20]:
             assert text(run(engine, [case])).items() <= text(answers).items()

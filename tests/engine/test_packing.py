@@ -19,10 +19,14 @@ GREEDY = SamplingParams(temperature=0.0, seed=0)
 SAMPLED = SamplingParams(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(3 << 32) + 4)
 
 
+def mesh():
+    """As much of a mesh as sizes are made from."""
+    return types.SimpleNamespace(shape={"data": SHARDS}, devices=np.array([types.SimpleNamespace(platform="cpu")]))
+
+
 def sizes(**options):
-    mesh = types.SimpleNamespace(shape={"data": SHARDS}, devices=np.array([types.SimpleNamespace(platform="cpu")]))
     given = {"max_num_seqs": SHARDS * SLOTS, "max_num_batched_tokens": SHARDS * (SLOTS + 4 * BLOCK)}
-    return sizes_of(EngineOptions(**{**given, **options}), mesh)
+    return sizes_of(EngineOptions(**{**given, **options}), mesh())
 
 
 @pytest.fixture
@@ -86,7 +90,9 @@ def test_decode_rows(packer):
 def test_rows_that_are_not_used_touch_nothing(packer):
     only = sequence(2)
     admitted(packer, only, sequence(1))
-    (work,), _ = packer.pack(plan_of(decode=([only], []), chunks=([Chunk(sequence(4), 0, [5] * 3, True)], [])))
+    (work,), _ = packer.pack(
+        plan_of(decode=([only], []), starts=([9], []), chunks=([Chunk(sequence(4), 0, [5] * 3, True)], []))
+    )
     idle = np.array([row for row in work.rows_RX if not row[Column.LENGTH]])
     assert len(idle) == len(work.rows_RX) - 2
     assert (idle[:, Column.SLOT] == SLOTS).all()
@@ -230,3 +236,13 @@ def test_deterministic_rows_have_one_token_each():
         [52, 5, 1, 2, 1],
     ]
     assert columns.tolist() == [0, 3]
+
+
+def test_consecutive_rows_of_a_chunk_are_numbered_in_runs():
+    """Each run begins with a 0; a decode row is a run of its own."""
+    packer = Packer(sizes_of(EngineOptions(deterministic=True), mesh(), run_length=4), SHARDS, N_PAGES)
+    decoding = sequence(1)
+    admitted(packer, decoding)
+    chunks = ([Chunk(sequence(2), 7, [5] * 6, True), Chunk(sequence(3), 0, [5] * 2, True)], [])
+    (work,), _ = packer.pack(plan_of(decode=([decoding], []), starts=([8], []), chunks=chunks))
+    assert work.rows_RX[:9, Column.RUN_PLACE].tolist() == [0, 0, 1, 2, 3, 0, 1, 0, 1]

@@ -10,7 +10,7 @@ from hf_reference import LLAMA3_ROPE, make_model, save
 
 import sharded_llama as sl
 from sharded_llama import model
-from sharded_llama.attention import paged, reference as attention
+from sharded_llama.attention import reference as attention
 from sharded_llama.engine.loading import LoadedModel
 from sharded_llama.errors import ParityError
 from sharded_llama.kv_cache import KVPages
@@ -21,7 +21,7 @@ from sharded_llama.parity.results import CUMULATIVE, ISOLATED
 from sharded_llama.parity.torch_reference import TorchReference
 from sharded_llama.parity.transformers_model import open_transformers
 
-TOKENS = np.random.default_rng(1).integers(0, 97, (2, 13))
+TOKENS = np.random.default_rng(1).integers(0, 97, (2, 19))  # two pages of each sequence
 FIELDS = {"hidden_size": 48, "head_dim": 6, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
 
 
@@ -116,8 +116,8 @@ def places_of(monkeypatch, change):
     """Changes where the tokens of a step go: `change` is given the rows, and the function from rows to places."""
     places = model.row_places
 
-    def changed(rows, n_single, n_pages, page_size):
-        return change(rows, lambda rows: places(rows, n_single, n_pages, page_size))
+    def changed(rows, *args):
+        return change(rows, lambda rows: places(rows, *args))
 
     for module in (model, capture):
         monkeypatch.setattr(module, "row_places", changed)
@@ -160,11 +160,12 @@ def tables_of_the_neighbours(llm, monkeypatch):
 
 
 def rotary_of_the_next_position(llm, monkeypatch):
-    """Rotary embeddings off by one with the cache: attention sees differences of positions, and only those."""
+    """Rotary embeddings off by one in steps of single tokens: attention sees differences of positions, and only
+    those."""
 
     def change(rows, places):
         positions_T, right = places(rows)
-        return positions_T + 1, right
+        return positions_T + (rows.tokens_T.shape == rows.start_R.shape), right
 
     places_of(monkeypatch, change)
     return llm
@@ -178,15 +179,16 @@ def mask_off_by_one(llm, monkeypatch):
 
 def wrong_kv_head_for_a_query(llm, monkeypatch):
     """Query head h attends to kv head h % G instead of h // R."""
-    blockwise = model.attend
 
-    def attend(backend, q_BLHK, k_BSGK, v_BSGK, *args, **kwargs):
-        g = k_BSGK.shape[2]
-        by_rest = np.arange(q_BLHK.shape[2]).reshape(-1, g).T.reshape(-1)
-        out = blockwise(backend, q_BLHK[:, :, by_rest], k_BSGK, v_BSGK, *args, **kwargs)
-        return out[:, :, np.argsort(by_rest)]
+    def regrouped(attend, n_kv_heads):
+        def wrong(backend, q_HK, *args):
+            by_rest = np.arange(q_HK.shape[-2]).reshape(-1, n_kv_heads).T.reshape(-1)
+            return attend(backend, q_HK[..., by_rest, :], *args)[..., np.argsort(by_rest), :]
 
-    monkeypatch.setattr(model, "attend", attend)
+        return wrong
+
+    for name in ("attend", "attend_pages"):
+        monkeypatch.setattr(model, name, regrouped(getattr(model, name), llm.config.n_kv_heads))
     return llm
 
 
@@ -222,6 +224,9 @@ FAULTS = {
     no_rope_scaling: ((1, 2), "q_rotated", {*ROTATED, "layer"}),
     rotary_of_the_next_position: ((1, 2), "cached_q_rotated", {"cached_q_rotated", "cached_k_rotated"}),
     one_position_for_all_rows: ((1, 1), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
+    first_page_for_all_positions: ((1, 1), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
+    tables_of_the_neighbours: ((1, 1), "cached_attn", {"cached_attn"}),
+    swapped_keys_and_values: ((1, 2), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
     swapped_gate_and_up: ((1, 2), "gate", {"gate", "up", "layer"}),
     shifted_cache_position: ((1, 2), "k_cache", {"k_cache", "v_cache", "cached_attn"}),
     mask_off_by_one: ((1, 2), "attn_weights", {*ATTENTION, "layer"}),
@@ -316,7 +321,7 @@ def test_a_reference_of_another_depth_or_width(checkpoint, reference, tmp_path):
     for changes, message in (
         ({"num_hidden_layers": 1}, "gives head where layers.1 should come"),
         ({"num_hidden_layers": 3}, "gives layers.2 where head should come"),
-        ({"intermediate_size": 90}, r"gives gate of layers.0 in shape \(2, 13, 90\); this model's is \(2, 13, 92\)"),
+        ({"intermediate_size": 90}, r"gives gate of layers.0 in shape \(2, 19, 90\); this model's is \(2, 19, 92\)"),
     ):
         folder = save(make_model("grouped", **{**FIELDS, "rope_parameters": LLAMA3_ROPE, **changes}), tmp_path)
         other = TorchReference(open_transformers(folder, "float32"))
