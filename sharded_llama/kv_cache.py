@@ -67,7 +67,8 @@ class KVPages(NamedTuple):
             return KVPages(_put(self.kv_NPGK, kv_TGK.astype(dtype), at_T))
         largest = EIGHT_BIT[dtype.name]
         kv_TGK = kv_TGK.astype(accumulator(kv_TGK.dtype))
-        scale_TG = jnp.maximum(jnp.max(jnp.abs(kv_TGK), axis=-1), jnp.finfo(jnp.float32).tiny) / largest
+        # Never subnormal, which CPUs take for 0: zeros over it must be 0.
+        scale_TG = jnp.maximum(jnp.max(jnp.abs(kv_TGK), axis=-1) / largest, jnp.finfo(jnp.float32).tiny)
         kv_TGK = kv_TGK / scale_TG[..., None]
         if dtype == jnp.int8:
             kv_TGK = jnp.round(kv_TGK)

@@ -117,6 +117,18 @@ class TestWrite:
             np.testing.assert_array_equal(np.delete(x, [20, 3], axis=0), np.delete(old, [20, 3], axis=0))
             assert (x[[20, 3]] != old[[20, 3]]).any()
 
+    @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+    def test_what_is_not_finite_is_stored_as_zero(self, kv_dtype):
+        """The other numbers of its head are what they are beside a zero."""
+        k, v = normal(2, 2, HEADS, WIDTH), normal(3, 2, HEADS, WIDTH)
+        zeros = k.copy(), v.copy()
+        for x, zero in zip((k, v), zeros, strict=True):
+            for place, value in (((0, 1, 3), np.nan), ((0, 2, 0), np.inf), ((1, 0, 7), -np.inf)):
+                x[place], zero[place] = value, 0
+        spoiled, clean = (write(filled(kv_dtype), *of, jnp.array([5, 70])) for of in ((k, v), zeros))
+        for x, expected in zip(*map(places_of, (spoiled, clean)), strict=True):
+            np.testing.assert_array_equal(x, expected)
+
 
 class TestRead:
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

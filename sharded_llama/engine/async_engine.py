@@ -6,8 +6,6 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from absl import logging
-
 from ..errors import EngineError
 from ..sampling import SamplingParams
 from .engine import Engine, EngineStats, TokenDelta
@@ -109,8 +107,7 @@ class AsyncEngine:
                 call()
             try:
                 deltas = self._engine.step()
-            except Exception as error:  # what it carried has ended already; nothing may wait for ever
-                logging.exception("the engine's thread failed")
+            except EngineError as error:  # it was dead already, and says of what
                 self._end(error)
                 continue
             finished: dict[str, int] = {}
@@ -126,4 +123,5 @@ class AsyncEngine:
         for deliver in self._streams.values():
             deliver(error)
         self._streams.clear()
+        self._engine.release()
         self._engine.shutdown()

@@ -31,7 +31,7 @@ def test_logits(tmp_path: Path, dtype: str, files: int, mesh: tuple[int, int]):
     (tmp_path / "meta" / "sharded_llama.json").write_text(json.dumps({"max_seq_len": 64}))
     with jax.enable_x64(dtype == "float64"):
         ours = [
-            sl.load(folder, mesh=sl.make_mesh(*mesh), dtype=dtype, rope_factor=factor, skip_tokenizer=True)
+            sl.LLM(folder, mesh=sl.make_mesh(*mesh), dtype=dtype, rope_factor=factor, skip_tokenizer=True)
             for folder, factor in ((tmp_path / "hf", None), (tmp_path / "meta", 16.0))
         ]
         assert ours[1].config == ours[0].config.replace(bos_id=1, eos_ids=(2,))

@@ -1,5 +1,6 @@
 """The engine end to end: in any company, under preemption and aborts, every request gets the tokens of transformers."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from hf_reference import distance, make_model, save
 from sharded_llama.engine.compilation import CompileCounter
 from sharded_llama.engine.engine import Engine
 from sharded_llama.engine.llm import LLM
-from sharded_llama.engine.loading import load_model
+from sharded_llama.engine.loading import LoadedModel, load_model
 from sharded_llama.engine.options import EngineOptions
 from sharded_llama.engine.runner import TABLE_CHANGES, Work
 from sharded_llama.kv_cache import PAGE_SIZE, KVPages
@@ -269,6 +270,7 @@ def test_several_decode_steps_of_one_dispatch_give_the_same(new_engine, engine, 
     four, one = run(several, sampled), run(engine, sampled)
     assert text(four) == text(one)
     for key, answer in four.items():
+        assert [p.rank for p in answer.logprobs] == [p.rank for p in one[key].logprobs]
         ours = [[p.logprob, *(q for _, q in p.top)] for p in answer.logprobs]
         theirs = [[p.logprob, *(q for _, q in p.top)] for p in one[key].logprobs]
         assert distance(ours, theirs) < 1e-5
@@ -294,10 +296,11 @@ def test_smaller_priorities_come_first(engine):
 
 def test_nothing_compiles_after_start(new_engine, cases):
     """Greedy and sampled, logprobs, long and short prompts, forks with copies, preemption, changes of tables alone."""
-    engine = new_engine((2, 2))
-    llm = LLM.__new__(LLM)
-    llm._engine, llm.progress = engine, False
+    made = new_engine((2, 2))
+    model = LoadedModel(made.config, made.mesh, made.runner.weights)
+    llm = LLM(model, progress=False, **dataclasses.asdict(made.options))
     llm.start()
+    engine = llm.engine
     counter, n_compiled = CompileCounter(), engine.runner.n_compiled
     run(engine, cases[:60])
     run(engine, sampled_cases(20, n=3, logprobs=4))

@@ -84,8 +84,8 @@ def test_the_checkpoint_is_one_model_to_transformers_and_to_us(run):
     prompt = tokenizer("7 green bottles", return_tensors="pt")["input_ids"]
     expected = theirs.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=1)
     llm = LLM(folder, mesh=make_mesh(2, 2), max_num_seqs=16, max_num_batched_tokens=64, progress=False)
-    (answer,) = llm.generate("7 green bottles", max_tokens=8, ignore_eos=True)
-    assert list(answer.prompt_token_ids + answer.token_ids) == expected[0].tolist()
+    (request,) = llm.generate("7 green bottles", max_tokens=8, ignore_eos=True)
+    assert list(request.prompt_token_ids + request.outputs[0].token_ids) == expected[0].tolist()
 
 
 def test_evaluate_agrees_with_training(run, text):
