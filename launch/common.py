@@ -17,7 +17,7 @@ from sharded_llama.checkpoint import CheckpointSource, open_checkpoint
 from sharded_llama.config import DTYPES, LlamaConfig, check_matches
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.loading import checkpoint_folder
-from sharded_llama.engine.memory import FRACTION_VARIABLE
+from sharded_llama.engine.memory import FRACTION_VARIABLES, given_fraction
 from sharded_llama.errors import ConfigError, MeshError, ShardedLlamaError
 from sharded_llama.mesh import default_mesh, make_mesh, parse_mesh, simulate_cpu_devices, start_distributed
 
@@ -118,7 +118,8 @@ def _start_jax() -> None:
     if SIMULATE_DEVICES.value:
         simulate_cpu_devices(SIMULATE_DEVICES.value)
     # By itself JAX takes three quarters of a GPU.
-    os.environ.setdefault(FRACTION_VARIABLE, GPU_FRACTION)
+    if given_fraction() is None:
+        os.environ[FRACTION_VARIABLES[1]] = GPU_FRACTION
     if COORDINATOR.value:
         _keep_stdout_to_ourselves()
     start_distributed(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

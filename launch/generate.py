@@ -5,7 +5,8 @@ r"""Generates text from a checkpoint.
     python -m launch.generate --checkpoint=FOLDER --chat
 
 Several prompts run together. With --chat each line of the terminal is a message, answered as the checkpoint's chat
-template has it; the end of the input (Ctrl-D) ends the conversation. The text goes to standard output as it comes, everything else to standard error.
+template has it; the end of the input (Ctrl-D) ends the conversation. The text goes to standard output as it comes,
+everything else to standard error.
 """
 
 import json

@@ -27,7 +27,7 @@ class AsyncEngine:
     ) -> AsyncIterator[TokenDelta]:
         """The deltas of one request as they come, of all its n answers.
 
-        Leaving the iteration early, or cancelling the task that iterates, aborts the request. Raises RequestError when
+        Cancelling the task that iterates, or closing the iterator (`contextlib.aclosing`), aborts the request. Raises RequestError when
         it cannot be served, EngineError when the engine is dead or dies.
         """
         loop = asyncio.get_running_loop()
@@ -37,7 +37,7 @@ class AsyncEngine:
             try:
                 loop.call_soon_threadsafe(deltas.put_nowait, delta)
             except RuntimeError:  # the loop is closed: nobody is listening any more
-                self._engine.abort(request_id)
+                self._abort(request_id, deliver)
 
         def add() -> None:
             try:
@@ -97,19 +97,31 @@ class AsyncEngine:
             self._engine.abort(request_id)
 
     def _loop(self) -> None:
+        error: BaseException = EngineError("the engine is dead: it was shut down.")
+        try:
+            self._serve()
+        except BaseException as failure:  # whatever it is, nobody may wait for ever
+            error = failure if isinstance(failure, EngineError) else EngineError(f"the engine is dead: {failure!r}.")
+        with self._stopping:
+            self._stopped = True
+        for deliver in list(self._streams.values()):
+            deliver(error)
+        self._engine.shutdown()
+        while not self._calls.empty():  # those that came before the end are told of it by the engine
+            if call := self._calls.get():
+                with contextlib.suppress(Exception):
+                    call()
+        self._engine.release()
+
+    def _serve(self) -> None:
         while True:
             # Without work the thread sleeps until there is a call.
             while not self._calls.empty() or not self._engine.has_unfinished:
                 call = self._calls.get()
                 if call is None:
-                    self._end(EngineError("the engine is dead: it was shut down."))
                     return
                 call()
-            try:
-                deltas = self._engine.step()
-            except EngineError as error:  # it was dead already, and says of what
-                self._end(error)
-                continue
+            deltas = self._engine.step()
             finished: dict[str, int] = {}
             for delta in deltas:
                 if deliver := self._streams.get(delta.request_id):
@@ -118,10 +130,3 @@ class AsyncEngine:
             for request_id in finished:
                 if not self._engine.is_unfinished(request_id):
                     self._streams.pop(request_id, None)
-
-    def _end(self, error: Exception) -> None:
-        for deliver in self._streams.values():
-            deliver(error)
-        self._streams.clear()
-        self._engine.release()
-        self._engine.shutdown()

@@ -168,7 +168,7 @@ class Engine:
                 stop_token_ids=stop,
                 priority=priority,
                 arrival=self._arrivals,
-                params=dataclasses.replace(params, seed=(seed + index) % 2**64),
+                params=dataclasses.replace(params, seed=(int(seed) + index) % 2**64),
                 leader=leader,
             )
             leader = leader or sequence
@@ -225,6 +225,9 @@ class Engine:
             deltas += self._step()
         except Exception as error:  # whatever the device or the runtime raises
             deltas += self._die(error)
+        except BaseException as error:  # Ctrl-C between planning and reading: what is computed is no longer known
+            self._die(error)
+            raise
         return deltas
 
     def _step(self) -> list[TokenDelta]:
@@ -302,7 +305,7 @@ class Engine:
         if self._dead is not None:
             raise EngineError(f"the engine is dead: {self._dead}.")
 
-    def _die(self, error: Exception) -> list[TokenDelta]:
+    def _die(self, error: BaseException) -> list[TokenDelta]:
         self._dead = f"a step failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         logging.error("the engine is dead: %s", self._dead, exc_info=error)
         unfinished = [s for sequences in self._sequences.values() for s in sequences if s.finish_reason is None]

@@ -1,6 +1,7 @@
 """The Python API: an `LLM` made of a checkpoint, to `generate`, `chat`, `stream` or `forward`."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ..attention import choose_backend
 from ..checkpoint import CheckpointSource
 from ..config import LlamaConfig
-from ..errors import EngineError, RequestError
+from ..errors import EngineError, RequestError, ShardedLlamaError
 from ..mesh import broadcast_from_main, default_mesh
 from ..model import xfmr
 from ..sampling import SamplingParams
@@ -67,12 +68,16 @@ class Stream:
         self.timings = Timings(prompt_tokens=sum(len(r.token_ids) for r in requests))
         self._events = self._run(llm, requests)
 
+    def close(self) -> None:
+        """Aborts what is not finished. A stream that is not iterated to its end does so when nothing refers to it."""
+        self._events.close()
+
     def __iter__(self) -> Iterator[StreamEvent]:
         return self._events
 
     def _run(self, llm: "LLM", requests: list[Request]) -> Iterator[StreamEvent]:
         answers = [[Answer(i, llm.tokenizer) for i in range(r.params.n)] for r in requests]
-        for number, delta in llm._run(requests, self.timings):
+        for number, delta in llm._run(requests, self.timings, self):
             yield answers[number][delta.index].event(number, delta)
 
 
@@ -123,6 +128,7 @@ class LLM:
         self._engine: Engine | None = None
         self._mailboxes: dict[str, collections.deque[TokenDelta]] = {}
         self._n_requests = 0
+        self._open_run: Stream | None = None
 
     @classmethod
     def random(cls, config: LlamaConfig, mesh: Mesh | None = None, *, weights_seed: int = 0, **kwargs: Any) -> "LLM":
@@ -284,12 +290,20 @@ class LLM:
             for number, (r, outs) in enumerate(zip(requests, outputs, strict=True))
         ]
 
-    def _run(self, requests: list[Request], timings: Timings) -> Iterator[tuple[int, TokenDelta]]:
+    def _run(
+        self, requests: list[Request], timings: Timings, stream: Stream | None = None
+    ) -> Iterator[tuple[int, TokenDelta]]:
         """Yields the deltas of requests with their numbers. Several such runs may be under way in turns."""
         engine = self.engine
+        several = jax.process_count() > 1
+        open_run, self._open_run = self._open_run, stream
+        if several and open_run is not None:
+            open_run.close()  # the other processes take part in one run at a time
         if jax.process_index() != 0:
             engine.follow()
+            broadcast_from_main(lambda: None)  # raises what ended the run in process 0
             return
+        failure: ShardedLlamaError | None = None
         start, compiled = time.perf_counter(), engine.runner.compile_s
         first = self._n_requests
         self._n_requests += len(requests)
@@ -317,16 +331,32 @@ class LLM:
                         yield numbers[request_id], delta
                     if not unfinished[request_id]:
                         del unfinished[request_id]
+        except ShardedLlamaError as error:
+            failure = error
+            raise
         finally:
             for request_id in numbers:
                 engine.abort(request_id)
                 self._mailboxes.pop(request_id, None)
-            engine.release()
+            if several:
+                engine.release()
+                _tell_others(failure)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"))
 def _forward(weights: Any, tokens_BL: jax.Array, *, config: LlamaConfig, mesh: Mesh, backend: str) -> jax.Array:
     return xfmr(weights, config, tokens_BL, mesh=mesh, backend=backend)
+
+
+def _tell_others(failure: Exception | None) -> None:
+    """In process 0: ends a run in the others, with the error that ended it here."""
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
+    with contextlib.suppress(ShardedLlamaError):  # it is on its way to the caller here
+        broadcast_from_main(outcome)
 
 
 def _to_json(output: CompletionOutput) -> dict[str, Any]:

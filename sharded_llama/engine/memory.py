@@ -18,8 +18,8 @@ from .options import EngineOptions, Sizes, pages_per_sequence
 from .runner import Runner
 
 CPU_BYTES = 1 << 30  # of the cache over the whole mesh, where nothing else is said
-JAX_FRACTION = 0.75  # share of a GPU that JAX takes when XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
-FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+JAX_FRACTION = 0.75  # share of a GPU that JAX takes when the environment does not say otherwise
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # its newer and its older name
 SPARE = 1.1  # temporaries are measured on a model of few layers; the whole one may order its steps a little differently
 
 
@@ -39,14 +39,15 @@ def plan_pages(
     if options.num_pages:
         n_pages, origin = options.num_pages, f"num_pages={options.num_pages}"
     else:
-        device = mesh.local_devices[0]
+        device = max(mesh.local_devices, key=_bytes_in_use)
         stats = device.memory_stats()
         on_accelerator = device.platform != "cpu" and stats and "bytes_limit" in stats
         if on_accelerator and options.kv_cache_bytes is None:
             free, origin = _free_on_accelerator(config, mesh, weights, backend, options, sizes, stats)
         else:
             total = options.kv_cache_bytes or CPU_BYTES
-            free, origin = total // mesh.size, f"kv_cache_bytes={total}"
+            default = "" if options.kv_cache_bytes else " (the default)"
+            free, origin = total // mesh.size, f"kv_cache_bytes={total}{default}"
         # A pool larger than every slot at its longest holds nothing but old prefixes; on CPU that would only cost.
         most = 2 * sizes.slots * pages_per_sequence(wanted_len)
         n_pages = min(free // of_page, most) if device.platform == "cpu" else free // of_page
@@ -90,13 +91,13 @@ def _free_on_accelerator(
     """Bytes of a device that are left for pages, and in words where they come from."""
     limit, total = stats["bytes_limit"], stats["bytes_limit"]
     if mesh.devices.flat[0].platform == "gpu":
-        total = int(limit / float(os.environ.get(FRACTION_VARIABLE, JAX_FRACTION)))
+        total = int(limit / (given_fraction() or JAX_FRACTION))
     allowed = int(options.memory_utilization * total)
     if allowed > limit:
         logging.warning(
             "memory_utilization=%.2f asks for %.1f GB of the card, but JAX was started with %.1f GB: set %s before JAX "
             "starts (the launchers do); it is too late for this process.",
-            *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLE),
+            *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLES[1]),
         )
     used = max(stats["bytes_in_use"], _bytes_on_device(weights, mesh))
     temporaries = int(SPARE * _temporary_bytes(config, mesh, backend, options, sizes))
@@ -106,6 +107,16 @@ def _free_on_accelerator(
         "temporaries"
     )
     return max(0, free), origin
+
+
+def _bytes_in_use(device: jax.Device) -> int:
+    return (device.memory_stats() or {}).get("bytes_in_use", 0)
+
+
+def given_fraction() -> float | None:
+    """The share of a GPU's memory that the environment gives JAX, None if it does not say."""
+    given = next((os.environ[name] for name in FRACTION_VARIABLES if os.environ.get(name)), None)
+    return None if given is None else float(given)
 
 
 def _bytes_on_device(weights: XfmrWeights, mesh: Mesh) -> int:

@@ -28,7 +28,7 @@ class EngineOptions:
     """
 
     max_model_len: int | None = None  # longest prompt and answer together; default: the model's, or what memory holds
-    max_num_seqs: int | None = None  # sequences that run at the same time, over all data shards
+    max_num_seqs: int | None = None  # sequences that run at the same time; a multiple of data
     max_num_batched_tokens: int | None = None  # tokens of one step, over all data shards
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"  # auto: the model's type
@@ -107,11 +107,11 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
         if options.decode_steps not in (None, 1):
             raise ConfigError("deterministic=True runs one step at a time: leave decode_steps out.")
         if max_tokens < slots:
-            raise ConfigError(_too_few(max_tokens * data, slots * data, slots * data))
+            raise ConfigError(_too_few(options.max_num_batched_tokens, slots * data, slots * data))
         shapes = (StepShape(max_tokens, 0, 1),)
         return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, shapes)
     if max_tokens < slots + BLOCK:
-        raise ConfigError(_too_few(max_tokens * data, slots * data, (slots + BLOCK) * data))
+        raise ConfigError(_too_few(options.max_num_batched_tokens, slots * data, (slots + BLOCK) * data))
     max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
     max_tokens = slots + max_blocks * BLOCK
     between = () if on_cpu else (2**i for i in (3, *range(5, 20)) if 2**i < slots)

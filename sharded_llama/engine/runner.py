@@ -77,6 +77,9 @@ class Runner:
         shape = max(self.sizes.shapes, key=lambda s: s.n_tokens)
         self._forward(shape)
         self._choose(shape.n_rows, greedy=False)
+        if self.sizes.decode_steps > 1:
+            single = max((s for s in self.sizes.shapes if not s.n_blocks), key=lambda s: s.n_tokens)
+            self._decode_several(single, self.sizes.decode_steps, greedy=False)
 
     def start(self) -> None:
         """Makes the pages and what else stays on the device."""
@@ -103,7 +106,8 @@ class Runner:
             sampled, pages, tokens = run(self.weights, pages, tables, tokens, rows)
         else:
             run = self._forward(work.shape)
-            logits, normalizer, pages = run(self.weights, pages, tables, tokens, rows, self.put(work.tokens_CQ))
+            chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
+            logits, normalizer, pages = run(self.weights, pages, tables, tokens, rows, chunks)
             sampled, tokens = self._choose(work.shape.n_rows, work.greedy)(logits, normalizer, tokens, rows)
         self.state = DeviceState(pages, tables, tokens)
         for x in jax.tree.leaves(sampled):
@@ -117,7 +121,7 @@ class Runner:
 
     def temporary_bytes(self) -> int:
         """Most bytes that any compiled step takes on a device beside weights and pages."""
-        return max(_beside(compiled.memory_analysis()) for compiled in self._compiled.values())
+        return max(_beside(key, compiled.memory_analysis()) for key, compiled in self._compiled.items())
 
     def put(self, array: np.ndarray) -> jax.Array:
         """A host array, the same in every process, split over `data`."""
@@ -143,7 +147,7 @@ class Runner:
             self._abstract_pages,
             *self._abstract_slots(),
             self._rows(shape.n_rows),
-            self._array((shape.n_blocks, shape.block)),
+            self._array((shape.n_blocks, shape.block)) if shape.n_blocks else None,
         )
         out = (self._sharding("last_logits"), self._sharding("tokens"), pages_layout(self._abstract_pages))
         return self._compile(("forward", shape), run, args, donate=(1,), out=out)
@@ -208,6 +212,7 @@ class Runner:
         return self._compiled[key]
 
 
-def _beside(memory: Any) -> int:
-    """Bytes of an executable's temporaries, and of new outputs, of which two steps' are there at once."""
-    return memory.temp_size_in_bytes + 2 * max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+def _beside(key: tuple, memory: Any) -> int:
+    """Bytes of an executable's temporaries and of logits: those that it makes or takes, and those of another step."""
+    logits = memory.argument_size_in_bytes if key[0] == "choose" else 0
+    return memory.temp_size_in_bytes + 2 * (logits + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes))

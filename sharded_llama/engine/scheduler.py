@@ -363,7 +363,17 @@ class Scheduler:
         # At least the last known token is computed, for its logits.
         digests = self._digests(seq, (len(seq.tokens) - 1) // self.config.page_size)
         cached = [(shard, shard.pool.match_digests(digests)) for shard in open_shards]
-        cached.sort(key=lambda place: (-len(place[1]), len(place[0].running), place[0].number))
+        # A cached prefix saves work once, a crowded shard costs in every step: not beyond a few sequences more.
+        few = max(2, self.config.slots_per_shard // 8)
+        crowded = min(len(shard.running) for shard in open_shards) + few
+        cached.sort(
+            key=lambda place: (
+                len(place[0].running) >= crowded,
+                -len(place[1]),
+                len(place[0].running),
+                place[0].number,
+            )
+        )
         for shard, pages in cached:
             if self._n_pages(seq) - len(pages) <= shard.pool.n_free - shard.pool.n_evictable_of(pages):
                 return shard, pages

@@ -71,7 +71,7 @@ def forward(
     weights: XfmrWeights,
     state: DeviceState,
     rows_RX: jax.Array,
-    tokens_CQ: jax.Array,
+    tokens_CQ: jax.Array | None,
     *,
     config: LlamaConfig,
     mesh: Mesh,
@@ -80,15 +80,16 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, tuple[KVPages, ...]]:
     """Logits (R, V') of the rows, the logarithms (R,) of what normalises them, and the pages.
 
-    Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens.
+    Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens; None if there are no such
+    rows, because XLA's compiler for several GPUs crashes on empty arrays.
     """
     data = mesh.shape["data"]
-    n_single = (rows_RX.shape[0] - tokens_CQ.shape[0]) // data
+    n_single = (rows_RX.shape[0] - (0 if tokens_CQ is None else tokens_CQ.shape[0])) // data
     specs = SPECS["tokens"]
     expand = jax.shard_map(
         functools.partial(_step_rows, n_single=n_single, in_runs=run_length > 1),
         mesh=mesh,
-        in_specs=(specs,) * 4,
+        in_specs=(specs, specs, specs, None if tokens_CQ is None else specs),
         out_specs=StepRows(specs, specs, specs, specs, specs if run_length > 1 else None),
     )
     rows = expand(state.tables_SW, state.tokens_S, rows_RX, tokens_CQ)
@@ -99,7 +100,13 @@ def forward(
 
 
 def _step_rows(
-    tables_SW: jax.Array, tokens_S: jax.Array, rows_RX: jax.Array, tokens_CQ: jax.Array, *, n_single: int, in_runs: bool
+    tables_SW: jax.Array,
+    tokens_S: jax.Array,
+    rows_RX: jax.Array,
+    tokens_CQ: jax.Array | None,
+    *,
+    n_single: int,
+    in_runs: bool,
 ) -> StepRows:
     """One device's rows, with the tables and tokens of their slots."""
     slot_R = rows_RX[:, Column.SLOT]
@@ -107,7 +114,7 @@ def _step_rows(
     newest_B = tokens_S.at[slot_R[:n_single]].get(mode="fill", fill_value=0)
     tokens_B = jnp.where(given_B == FROM_SLOT, newest_B, given_B)
     return StepRows(
-        tokens_T=jnp.concatenate([tokens_B, tokens_CQ.reshape(-1)]),
+        tokens_T=tokens_B if tokens_CQ is None else jnp.concatenate([tokens_B, tokens_CQ.reshape(-1)]),
         start_R=rows_RX[:, Column.START],
         length_R=rows_RX[:, Column.LENGTH],
         tables_RW=tables_SW.at[slot_R].get(mode="clip"),
@@ -156,13 +163,10 @@ def decode_several(
 
     Where a sequence has no more room in its pages its rows run on without being written.
     """
-    no_tokens = jnp.zeros((0, 1), jnp.int32)
 
     def step(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Sampled]:
         state, rows_RX = carry
-        logits, normalizer, pages = forward(
-            weights, state, rows_RX, no_tokens, config=config, mesh=mesh, backend=backend
-        )
+        logits, normalizer, pages = forward(weights, state, rows_RX, None, config=config, mesh=mesh, backend=backend)
         sampled, tokens = choose(logits, normalizer, state.tokens_S, rows_RX, config=config, mesh=mesh, greedy=greedy)
         start_R = rows_RX[:, Column.START] + (rows_RX[:, Column.LENGTH] > 0)
         has_room_R = (rows_RX[:, Column.LENGTH] > 0) & (start_R < rows_RX[:, Column.LIMIT])

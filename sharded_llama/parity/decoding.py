@@ -145,8 +145,10 @@ def greedy_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> np.ndarra
         max_num_seqs=batch,
         num_pages=-(-batch // data) * -(-(length + new_tokens) // PAGE_SIZE),
     )
-    answers = served.generate(tokens_BL.tolist(), max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-    served.shutdown()
+    try:
+        answers = served.generate(tokens_BL.tolist(), max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    finally:
+        served.shutdown()
     return np.array([answer.outputs[0].token_ids for answer in answers], np.int32)
 
 

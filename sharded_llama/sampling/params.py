@@ -79,7 +79,7 @@ class RowParams(NamedTuple):
 
 def pack_rows(params: Sequence[SamplingParams]) -> RowParams:
     """NumPy arrays of the rows' parameters. Every seed must have been chosen."""
-    seeds = [p.seed % 2**64 for p in params]
+    seeds = [int(p.seed) % 2**64 for p in params]
     return RowParams(
         temperature_B=np.array([p.temperature for p in params], np.float32),
         top_k_B=np.array([p.top_k for p in params], np.int32),

@@ -99,7 +99,8 @@ def sample_rows(logits_BV: jax.Array, rows: RowParams, positions_B: jax.Array) -
     """Draws from whole rows of logits (true vocabulary). Temperature 0 is greedy. Returns (B,) int32."""
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    logits_BV = logits_BV / temperature_B[:, None]
+    # Relative to the largest, so that no temperature, however small, overflows.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
 
     # Every filter keeps a prefix of the tokens in order of likelihood; equal ones stand in order of their id.
     ids = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1], dtype=jnp.int32), logits_BV.shape)
