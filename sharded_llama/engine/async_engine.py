@@ -27,8 +27,8 @@ class AsyncEngine:
     ) -> AsyncIterator[TokenDelta]:
         """The deltas of one request as they come, of all its n answers.
 
-        Cancelling the task that iterates, or closing the iterator (`contextlib.aclosing`), aborts the request. Raises RequestError when
-        it cannot be served, EngineError when the engine is dead or dies.
+        Cancelling the task that iterates, or closing the iterator (`contextlib.aclosing`), aborts the request. Raises
+        RequestError when it cannot be served, EngineError when the engine is dead or dies.
         """
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
