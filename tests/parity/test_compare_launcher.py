@@ -455,7 +455,7 @@ def nothing_is_computed(monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights are read before the mistake is found")
 
-    for module, name in ((launcher.common, "load"), (launcher, "load"), (launcher, "torch_reference")):
+    for module, name in ((launcher.common, "LLM"), (launcher, "LLM"), (launcher, "torch_reference")):
         monkeypatch.setattr(module, name, refuse)
 
 
