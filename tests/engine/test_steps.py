@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import jax
 import pytest
 
 from sharded_llama.config import LlamaConfig
@@ -109,6 +110,14 @@ def test_temporary_memory_hardly_grows_with_the_context(shape):
     assert grown <= 3 * 4 * shape.n_rows * 7 * TABLE_WIDTH + 1024
     # One page of keys and values of the same rows is more than that of all tables.
     assert grown < shape.n_rows * page_bytes(CONFIG.replace(n_layers=1), make_mesh(2, 4), "auto") * 7
+
+
+def test_no_array_is_empty():
+    """XLA's compiler for several GPUs crashes on programs that are given empty arrays."""
+    runner = make_runner((2, 4))
+    for executable in (runner._forward(DECODE), runner._forward(MIXED), runner._decode_several(DECODE, 4, greedy=True)):
+        assert all(math.prod(x.shape) for x in jax.tree.leaves(executable.args_info))
+        assert not re.search(r"\w\[(\d+,)*0(,\d+)*\]", executable.as_text())
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
