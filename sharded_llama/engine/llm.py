@@ -126,7 +126,7 @@ class LLM:
         self.backend = choose_backend(self.config, self.mesh.devices.flat[0], attention)
         self.progress = progress
         self._engine: Engine | None = None
-        self._mailboxes: dict[str, collections.deque[TokenDelta]] = {}
+        self._mailboxes: dict[str, collections.deque[TokenDelta]] = {}  # of every run under way, by request
         self._n_requests = 0
         self._open_run: Stream | None = None
 
@@ -308,29 +308,26 @@ class LLM:
         first = self._n_requests
         self._n_requests += len(requests)
         numbers = {str(first + i): i for i in range(len(requests))}
-        unfinished = {request_id: requests[i].params.n for request_id, i in numbers.items()}
+        unfinished = sum(r.params.n for r in requests)
+        mailbox: collections.deque[TokenDelta] = collections.deque()
         try:
             for request_id, i in numbers.items():
-                self._mailboxes[request_id] = collections.deque()
+                self._mailboxes[request_id] = mailbox
                 engine.add_request(request_id, requests[i].token_ids, requests[i].params)
             while unfinished:
-                for delta in engine.step():
+                for delta in engine.step() if not mailbox else ():
                     if delta.request_id in self._mailboxes:
                         self._mailboxes[delta.request_id].append(delta)
                 timings.compile_s = engine.runner.compile_s - compiled
                 timings.total_s = time.perf_counter() - start - timings.compile_s
-                for request_id in list(unfinished):
-                    mailbox = self._mailboxes[request_id]
-                    while mailbox:
-                        delta = mailbox.popleft()
-                        if delta.error:
-                            raise EngineError(delta.error)
-                        timings.first_token_s = timings.first_token_s or timings.total_s
-                        timings.new_tokens += len(delta.token_ids)
-                        unfinished[request_id] -= delta.finish_reason is not None
-                        yield numbers[request_id], delta
-                    if not unfinished[request_id]:
-                        del unfinished[request_id]
+                while mailbox:
+                    delta = mailbox.popleft()
+                    if delta.error:
+                        raise EngineError(delta.error)
+                    timings.first_token_s = timings.first_token_s or timings.total_s
+                    timings.new_tokens += len(delta.token_ids)
+                    unfinished -= delta.finish_reason is not None
+                    yield numbers[delta.request_id], delta
         except ShardedLlamaError as error:
             failure = error
             raise

@@ -91,12 +91,6 @@ class TestGreedy:
         together = generate(llm, prompts(300), max_tokens=12)[1]
         assert alone.token_ids == together.token_ids
 
-    def test_nothing_compiles_the_second_time(self, llm):
-        generate(llm, prompts(300), max_tokens=12)
-        n_compiled = llm.engine.runner.n_compiled
-        generate(llm, [p[::-1] for p in prompts(300)], max_tokens=10)
-        assert llm.engine.runner.n_compiled == n_compiled
-
 
 class TestLengths:
     def test_max_tokens_of_each_request(self, llm):
