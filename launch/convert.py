@@ -23,7 +23,7 @@ from sharded_llama.checkpoint.export import stored_dtype
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.verify import verify
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.llm import checkpoint_folder
+from sharded_llama.engine.loading import checkpoint_folder
 from sharded_llama.errors import CheckpointError, ConfigError
 from sharded_llama.mesh import parse_mesh
 
