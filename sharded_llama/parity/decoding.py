@@ -143,6 +143,7 @@ def greedy_tokens(llm: LLM, tokens_BL: np.ndarray, new_tokens: int) -> np.ndarra
     served = llm.resized(
         max_model_len=length + new_tokens,
         max_num_seqs=batch,
+        decode_steps=1,  # as most devices serve; and one step to compile, not two
         num_pages=-(-batch // data) * -(-(length + new_tokens) // PAGE_SIZE),
     )
     try:

@@ -17,7 +17,12 @@ from sharded_llama.errors import ConfigError, MeshError, RequestError, Tokenizer
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 
-SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 144, "progress": False}  # few shapes to compile
+SMALL = {
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 144,
+    "decode_steps": 1,
+    "progress": False,
+}  # few shapes to compile
 PROMPT_LENGTHS = (1, 3, 17, 8, 16)
 
 

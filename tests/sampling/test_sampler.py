@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from sharded_llama.errors import RequestError
 from sharded_llama.mesh import make_mesh
-from sharded_llama.sampling import SamplingParams, pack_rows, sample
+from sharded_llama.sampling import MAX_LOGPROBS, SamplingParams, log_normalizer, pack_rows, sample
 from sharded_llama.sampling.sampler import sample_rows
 from sharded_llama.sharding import padded
 
@@ -101,6 +101,24 @@ def test_greedy_takes_the_first_of_equals():
     assert draw(logits, pack_rows([SamplingParams(temperature=0, seed=0)]), np.zeros(1, np.int32))[0] == 9
 
 
+def chosen(logits, rows, positions, mesh):
+    return sample(logits, log_normalizer(logits, mesh=mesh), rows, positions, vocab_size=VOCAB, mesh=mesh)
+
+
+def log_softmax(logits):
+    exact = logits.astype(np.float64)
+    return exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+
+
+def check_logprobs(sampled, logits):
+    """Log-probability of each row's token among the raw logits, and how many are more likely."""
+    tokens = np.asarray(sampled.tokens_R)[:, None]
+    of_token = np.take_along_axis(log_softmax(logits), tokens, axis=-1)
+    np.testing.assert_allclose(sampled.logprobs_R, of_token[:, 0], rtol=1e-5, atol=1e-6)
+    more_likely = (logits > np.take_along_axis(logits, tokens, axis=-1)).sum(-1)
+    np.testing.assert_array_equal(sampled.ranks_R, 1 + more_likely)
+
+
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4), (1, 8), (8, 1)], ids=str)
 def test_mesh_slot_and_padding_do_not_matter(mesh_shape):
     """The same logits, seed and position give the same token on every mesh, in every slot, with any padding."""
@@ -113,10 +131,15 @@ def test_mesh_slot_and_padding_do_not_matter(mesh_shape):
     width = padded(VOCAB, mesh_shape[1]) - VOCAB
     wide = np.pad(logits, [(0, 0), (0, width)], constant_values=-np.inf)
     order = rng.permutation(8)
-    run = jax.jit(lambda x, rows, p: sample(x, rows, p, vocab_size=VOCAB, mesh=mesh))
-    tokens = run(wide[order], pack_rows([params[i] for i in order]), positions[order])
-    np.testing.assert_array_equal(tokens, expected[order])
-    assert tokens.sharding.is_fully_replicated
+    run = jax.jit(lambda x, rows, p: chosen(x, rows, p, mesh))
+    sampled = run(wide[order], pack_rows([params[i] for i in order]), positions[order])
+    np.testing.assert_array_equal(sampled.tokens_R, expected[order])
+    check_logprobs(sampled, logits[order])
+    top = np.argsort(-logits[order], axis=-1, kind="stable")[:, :MAX_LOGPROBS]
+    np.testing.assert_array_equal(sampled.top_tokens_RJ, top)
+    exact = np.take_along_axis(log_softmax(logits[order]), top, axis=-1)
+    np.testing.assert_allclose(sampled.top_logprobs_RJ, exact, rtol=1e-5, atol=1e-6)
+    assert all(x.sharding.is_fully_replicated for x in sampled)
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4), (1, 8)], ids=str)
@@ -124,8 +147,10 @@ def test_sharded_greedy(mesh_shape):
     mesh = make_mesh(*mesh_shape)
     logits = np.random.default_rng(2).integers(0, 4, (8, padded(VOCAB, mesh_shape[1]))).astype(np.float32)  # many ties
     logits[:, VOCAB:] = -np.inf
-    run = jax.jit(lambda x: sample(x, None, jnp.zeros(8, jnp.int32), vocab_size=VOCAB, mesh=mesh))
-    np.testing.assert_array_equal(run(logits), logits.argmax(-1))
+    sampled = jax.jit(lambda x: chosen(x, None, jnp.zeros(8, jnp.int32), mesh))(logits)
+    np.testing.assert_array_equal(sampled.tokens_R, logits.argmax(-1))
+    check_logprobs(sampled, logits[:, :VOCAB])
+    assert sampled.top_tokens_RJ is None
 
 
 def test_noise_depends_on_seed_and_position():
