@@ -73,7 +73,7 @@ def llm(folder):
 
 
 class TestGreedy:
-    @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 1), (1, 2), (2, 4), (1, 8), (4, 2)], ids=str)
+    @pytest.mark.parametrize("mesh_shape", [(2, 1), (1, 2), (2, 4)], ids=str)
     def test_equals_transformers_for_a_batch_of_different_lengths(self, folder, mesh_shape):
         model = make_model("grouped", vocab_size=300)
         llm = load(folder, mesh=make_mesh(*mesh_shape))
