@@ -33,6 +33,14 @@ BATCH, LENGTH = 6, 37
 WIDE = {"hidden_size": 256, "intermediate_size": 700, "vocab_size": 1031, "max_position_embeddings": 256}
 # Few shapes to compile, and a pool that leaves room for other engines.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 72, "num_pages": 512, "progress": False}
+TYPES = ("float32", "bfloat16", "float16")
+PAGED_SHAPES = [  # rows, queries of each, heads, kv heads, width, pages of each
+    (5, 1, 8, 2, 128, 40),
+    (1, 1, 7, 1, 40, 300),
+    (3, 16, 12, 3, 64, 9),
+    (2, 33, 8, 8, 80, 5),
+    (3, 5, 6, 2, 256, 7),
+]
 SHAPES = {
     "heads_of_64": {**WIDE, "head_dim": 64, "num_key_value_heads": 2},
     "heads_of_128_ungrouped": {**WIDE, "head_dim": 128, "num_key_value_heads": 8},
@@ -128,16 +136,11 @@ class TestOneGpu:
         ours, plain = (run(q, k, v).astype(jnp.float32) for run in whole.values())
         assert distance(ours, exact) < 1.5 * distance(plain, exact)
 
-    @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float32", *EIGHT_BIT])
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     @pytest.mark.parametrize(
-        "shape",  # rows, queries of each, heads, kv heads, width, pages of each
+        ("shape", "dtype", "kv_dtype"),
         [
-            (5, 1, 8, 2, 128, 40),
-            (1, 1, 7, 1, 40, 300),
-            (3, 16, 12, 3, 64, 9),
-            (2, 33, 8, 8, 80, 5),
-            (3, 5, 6, 2, 256, 7),
+            *((PAGED_SHAPES[0], *types) for types in itertools.product(TYPES, (*TYPES, *EIGHT_BIT))),
+            *((shape, dtype, dtype) for shape, dtype in itertools.product(PAGED_SHAPES[1:], TYPES)),
         ],
         ids=str,
     )
