@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..kv_cache import KVPages
-from .reference import grouped_query_attn, merge, softmax_parts
+from .reference import finish, grouped_query_attn, merge, softmax_parts
 
 BLOCK = 512  # cached positions that are scored at a time
 
@@ -60,9 +60,7 @@ def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
     if n_blocks > 1:
         needed = jnp.minimum((jnp.max(start_B) + length - 1) // block + 1, n_blocks)
         total = jax.lax.fori_loop(1, needed, lambda i, t: merge(t, attend(i)), total)
-    _, denominator, weighted = total
-    out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
-    return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
+    return finish(total, q_BLHK)
 
 
 def _joined(x_BWPGK: jax.Array) -> jax.Array:

@@ -47,9 +47,7 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
         total = jax.lax.fori_loop(1, n_blocks, lambda i, t: merge(t, attend(i * BLOCK, BLOCK)), attend(0, BLOCK))
         if rest:
             total = merge(total, attend(n_blocks * BLOCK, rest))
-    _, denominator, weighted = total
-    out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
-    return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
+    return finish(total, q_BLHK)
 
 
 def softmax_parts(
@@ -70,6 +68,13 @@ def merge(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     peak = jnp.maximum(a[0], b[0])
     scale_a, scale_b = jnp.exp(a[0] - peak), jnp.exp(b[0] - peak)
     return peak, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a[..., None] + b[2] * scale_b[..., None]
+
+
+def finish(total: tuple, q_BLHK: jax.Array) -> jax.Array:
+    """What all keys together give the queries: (B, L, H, K) in q's dtype."""
+    _, denominator, weighted = total
+    out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
+    return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
 
 
 def _masked_scores(q_BLGRK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:

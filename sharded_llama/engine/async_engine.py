@@ -122,11 +122,9 @@ class AsyncEngine:
                     return
                 call()
             deltas = self._engine.step()
-            finished: dict[str, int] = {}
             for delta in deltas:
                 if deliver := self._streams.get(delta.request_id):
                     deliver(delta)
-                finished[delta.request_id] = finished.get(delta.request_id, 0)
-            for request_id in finished:
+            for request_id in {delta.request_id for delta in deltas}:
                 if not self._engine.is_unfinished(request_id):
                     self._streams.pop(request_id, None)

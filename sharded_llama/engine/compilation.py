@@ -26,10 +26,8 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **_: object) -> None:
         if event == COMPILE_EVENT:
             self.count += 1
-            self.seconds += duration

@@ -104,7 +104,7 @@ class Engine:
         backend = choose_backend(config, mesh.devices.flat[0], attention)
         self.sizes = sizes_of(options, mesh, run_length(backend, config, mesh.shape[MODEL]))
         start = time.perf_counter()
-        budget = plan_pages(config, mesh, weights, backend, options, self.sizes)
+        budget = plan_pages(config, mesh, backend, options, self.sizes)
         logging.info("memory plan: %.1f s", time.perf_counter() - start)
         self.max_model_len = budget.max_model_len
         self.runner = Runner(

@@ -13,7 +13,8 @@ from ..attention.paged_gpu import addressable_pages
 from ..config import LlamaConfig
 from ..errors import ConfigError
 from ..kv_cache import PAGE_SIZE, KVPages, page_bytes
-from ..weights import XfmrWeights, abstract_weights
+from ..sharding import DATA
+from ..weights import abstract_weights
 from .options import EngineOptions, Sizes, pages_per_sequence
 from .runner import Runner
 
@@ -30,10 +31,11 @@ class PageBudget(NamedTuple):
     max_model_len: int
 
 
-def plan_pages(
-    config: LlamaConfig, mesh: Mesh, weights: XfmrWeights, backend: str, options: EngineOptions, sizes: Sizes
-) -> PageBudget:
-    """Raises ConfigError, saying what would fit, when the memory cannot hold one sequence of `max_model_len`."""
+def plan_pages(config: LlamaConfig, mesh: Mesh, backend: str, options: EngineOptions, sizes: Sizes) -> PageBudget:
+    """What fits beside the weights, which are on the devices already.
+
+    Raises ConfigError, saying what would fit, when the memory cannot hold one sequence of `max_model_len`.
+    """
     of_page = page_bytes(config, mesh, options.kv_cache_dtype)
     wanted_len = options.max_model_len or config.max_seq_len
     if options.num_pages:
@@ -43,7 +45,7 @@ def plan_pages(
         stats = device.memory_stats()
         on_accelerator = device.platform != "cpu" and stats and "bytes_limit" in stats
         if on_accelerator and options.kv_cache_bytes is None:
-            free, origin = _free_on_accelerator(config, mesh, weights, backend, options, sizes, stats)
+            free, origin = _free_on_accelerator(config, mesh, backend, options, sizes, stats)
         else:
             total = options.kv_cache_bytes or CPU_BYTES
             default = "" if options.kv_cache_bytes else " (the default)"
@@ -67,7 +69,7 @@ def plan_pages(
     max_model_len = min(wanted_len, fits)
     if max_model_len < wanted_len:
         logging.warning("the cache holds sequences of %d tokens, fewer than the model's %d", max_model_len, wanted_len)
-    data = mesh.shape["data"]
+    data = mesh.shape[DATA]
     logging.info(
         "cache: %d tokens (%d full-length sequences of %d) in %.2f GB per device, %s",
         data * fits,
@@ -82,7 +84,6 @@ def plan_pages(
 def _free_on_accelerator(
     config: LlamaConfig,
     mesh: Mesh,
-    weights: XfmrWeights,
     backend: str,
     options: EngineOptions,
     sizes: Sizes,
@@ -99,7 +100,7 @@ def _free_on_accelerator(
             "starts (the launchers do); it is too late for this process.",
             *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLES[1]),
         )
-    used = max(stats["bytes_in_use"], _bytes_on_device(weights, mesh))
+    used = stats["bytes_in_use"]
     temporaries = int(SPARE * _temporary_bytes(config, mesh, backend, options, sizes))
     free = min(allowed, limit) - used - temporaries
     origin = (
@@ -117,13 +118,6 @@ def given_fraction() -> float | None:
     """The share of a GPU's memory that the environment gives JAX, None if it does not say."""
     given = next((os.environ[name] for name in FRACTION_VARIABLES if os.environ.get(name)), None)
     return None if given is None else float(given)
-
-
-def _bytes_on_device(weights: XfmrWeights, mesh: Mesh) -> int:
-    device = mesh.local_devices[0]
-    return sum(
-        shard.data.nbytes for x in jax.tree.leaves(weights) for shard in x.addressable_shards if shard.device == device
-    )
 
 
 def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: EngineOptions, sizes: Sizes) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from ..config import LlamaConfig
@@ -40,9 +39,9 @@ class EngineOptions:
     seed: int | None = None  # of requests that have none; default: a fresh one
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages")
+        for name in (*sizes, "decode_steps"):
             self._check_count(name)
-        self._check_count("decode_steps")
         utilization = self.memory_utilization
         if isinstance(utilization, bool) or not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ConfigError(f"memory_utilization={utilization!r} must be a number above 0 and at most 1.")
@@ -96,23 +95,22 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     defaults = CPU if on_cpu else ACCELERATOR
     slots = -(-(options.max_num_seqs or data * defaults["max_num_seqs"]) // data)
-    max_tokens = options.max_num_batched_tokens
-    max_tokens = (
-        max(slots + BLOCK, defaults["max_num_batched_tokens"]) if max_tokens is None else -(-max_tokens // data)
-    )
+    given = options.max_num_batched_tokens
+    per_shard = None if given is None else -(-given // data)
     if options.deterministic:
         # One shape for everything: each token is a row of its own, and a step has as many as sequences may run.
-        if options.max_num_batched_tokens is None:
-            max_tokens = max(slots, 16)
         if options.decode_steps not in (None, 1):
             raise ConfigError("deterministic=True runs one step at a time: leave decode_steps out.")
+        max_tokens = max(slots, BLOCK) if per_shard is None else per_shard
         if max_tokens < slots:
-            raise ConfigError(_too_few(options.max_num_batched_tokens, slots * data, slots * data))
-        shapes = (StepShape(max_tokens, 0, 1),)
-        return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, shapes)
-    if max_tokens < slots + BLOCK:
-        raise ConfigError(_too_few(options.max_num_batched_tokens, slots * data, (slots + BLOCK) * data))
-    max_blocks = (max_tokens - slots) // BLOCK if options.max_num_batched_tokens else max_tokens // BLOCK
+            raise ConfigError(_too_few(given, slots * data, slots * data))
+        return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, (StepShape(max_tokens, 0, 1),))
+    if per_shard is None:
+        max_blocks = max(slots + BLOCK, defaults["max_num_batched_tokens"]) // BLOCK
+    elif per_shard >= slots + BLOCK:
+        max_blocks = (per_shard - slots) // BLOCK
+    else:
+        raise ConfigError(_too_few(given, slots * data, (slots + BLOCK) * data))
     max_tokens = slots + max_blocks * BLOCK
     between = () if on_cpu else (2**i for i in (3, *range(5, 20)) if 2**i < slots)
     singles = sorted({1, *between, slots})
@@ -145,8 +143,3 @@ def check_options(options: EngineOptions, config: LlamaConfig) -> None:
 
 def pages_per_sequence(max_model_len: int) -> int:
     return -(-max_model_len // PAGE_SIZE)
-
-
-def platform_of(mesh: Mesh) -> str:
-    device: jax.Device = mesh.devices.flat[0]
-    return device.platform

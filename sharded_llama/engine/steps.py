@@ -17,7 +17,7 @@ from ..config import LlamaConfig
 from ..kv_cache import KVPages
 from ..model import StepRows, xfmr_step
 from ..sampling import RowParams, Sampled, log_normalizer, sample
-from ..sharding import SPECS
+from ..sharding import DATA, SPECS
 from ..weights import XfmrWeights
 
 
@@ -83,7 +83,7 @@ def forward(
     Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens; None if there are no such
     rows, because XLA's compiler for several GPUs crashes on empty arrays.
     """
-    data = mesh.shape["data"]
+    data = mesh.shape[DATA]
     n_single = (rows_RX.shape[0] - (0 if tokens_CQ is None else tokens_CQ.shape[0])) // data
     specs = SPECS["tokens"]
     expand = jax.shard_map(

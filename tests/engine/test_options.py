@@ -46,7 +46,7 @@ def mesh_of(platform, data=1):
 def pages(mesh_shape=(1, 1), config=CONFIG, **options):
     options = EngineOptions(**{**SMALL, "max_num_seqs": 8 * mesh_shape[0], "max_num_batched_tokens": None, **options})
     mesh = make_mesh(*mesh_shape)
-    return plan_pages(config, mesh, None, "blockwise", options, sizes_of(options, mesh))
+    return plan_pages(config, mesh, "blockwise", options, sizes_of(options, mesh))
 
 
 @pytest.fixture
