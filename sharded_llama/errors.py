@@ -33,6 +33,10 @@ class EngineError(ShardedLlamaError, RuntimeError):
     """An engine that cannot go on: a step failed, or it was shut down."""
 
 
+class ConstraintError(ShardedLlamaError, RuntimeError):
+    """An answer that cannot go on within what its request allows: no token is left, or its grammar hit a limit."""
+
+
 class TrainingError(ShardedLlamaError, ValueError):
     """Training settings that cannot work."""
 

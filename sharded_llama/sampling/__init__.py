@@ -1,6 +1,19 @@
 """Choosing the next token: what a request asks for, and the sampler that runs on the device."""
 
-from .params import MAX_LOGPROBS, RowParams, SamplingParams, pack_rows
-from .sampler import Sampled, log_normalizer, sample
+from .params import MAX_LOGPROBS, SamplingParams
+from .penalties import SlotSampling
+from .rows import RowParams, pack_rows
+from .sampler import Mode, Sampled, log_normalizer, mode_of, sample
 
-__all__ = ["MAX_LOGPROBS", "RowParams", "Sampled", "SamplingParams", "log_normalizer", "pack_rows", "sample"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "Mode",
+    "RowParams",
+    "Sampled",
+    "SamplingParams",
+    "SlotSampling",
+    "log_normalizer",
+    "mode_of",
+    "pack_rows",
+    "sample",
+]

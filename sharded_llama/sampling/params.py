@@ -1,61 +1,148 @@
-"""What one request asks of the sampler, and the same for a whole batch as arrays."""
+"""What one request asks of the sampler: names, defaults and meaning as in vLLM."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from ..errors import RequestError
+from .entropy_settings import EntropySettings
+from .structured import StructuredOutputs
 
 MAX_N = 64  # answers to one prompt
 MAX_LOGPROBS = 20  # most likely tokens whose probabilities a request can ask for
+MAX_STOP, MAX_STOP_CHARS = 32, 1024  # stop strings of a request, characters of one
+MAX_STOP_IDS = 256
+MAX_BIAS, MAX_BIAS_VALUE = 300, 100.0  # tokens with a logit_bias of their own, and how large it may be
+MAX_BAD_WORDS, MAX_BAD_CHARS = 128, 256
+MAX_ID = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Names and defaults are vLLM's.
+    """How one request's tokens are chosen.
 
-    Filters apply in the order temperature, min_p, top_k, top_p, each to the renormalised result of the one before.
-    Raises RequestError on values out of bounds.
+    Penalties, logit_bias and what is not allowed change the logits before anything is chosen, greedily too. Filters
+    apply after the temperature in the order min_p, top_k, top_p, each to the renormalised result of the one before.
+    Log-probabilities are always those of the raw logits.
+
+    Raises RequestError on values out of bounds, and where settings contradict one another.
     """
 
+    n: int = 1  # answers to one prompt, each with a seed of its own
+    best_of: int | None = None  # make this many answers and keep the n most likely; None: n
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # keep this many of the most likely tokens; 0: all
+    top_k: int = 0  # keep this many of the most likely tokens; 0 or -1: all
     top_p: float = 1.0  # keep the smallest set of most likely tokens with at least this mass
     min_p: float = 0.0  # drop tokens less likely than this times the most likely one
     seed: int | None = None  # None: a fresh one for every request
-    max_tokens: int = 16  # new tokens at most
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that were generated
+    frequency_penalty: float = 0.0  # subtracted for every time that a token was generated
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of prompt's and generated tokens
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of these tokens
+    allowed_token_ids: Iterable[int] | None = None  # no other token is chosen
+    bad_words: Iterable[str] = ()  # never generated
+    stop: str | Iterable[str] = ()  # texts that end the answer; they are not part of it
+    include_stop_str_in_output: bool = False
+    stop_token_ids: Iterable[int] = ()  # end the answer like end-of-sequence tokens, and ignore_eos keeps them
     ignore_eos: bool = False
-    n: int = 1  # answers to one prompt, each with a seed of its own
+    min_tokens: int = 0  # nothing ends the answer before it has this many
+    max_tokens: int = 16  # new tokens at most
     logprobs: int | None = None  # log-probabilities of each token and of this many of the most likely ones
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, each after those before it
+    skip_special_tokens: bool = True  # the text leaves them out
+    structured_outputs: StructuredOutputs | None = None  # a form that every answer has
+    entropy: EntropySettings | None = None  # choose by entropy, in place of temperature, top_k, top_p and min_p
 
     def __post_init__(self) -> None:
+        self._check("n", 1 <= self._integer("n") <= MAX_N, f"a whole number from 1 to {MAX_N}")
+        self._check_optional("best_of", self.n, MAX_N)
         self._check("temperature", 0.0 <= self._number("temperature") <= 100.0, "a number from 0 (greedy) to 100")
-        self._check("top_k", 0 <= self._integer("top_k") < 2**31, "a whole number: 0 (all tokens) or more")
+        self._check("top_k", -1 <= self._integer("top_k") < 2**31, "a whole number: 0 or -1 (all tokens) or more")
         self._check("top_p", 0.0 < self._number("top_p") <= 1.0, "a number above 0 and at most 1")
         self._check("min_p", 0.0 <= self._number("min_p") <= 1.0, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, -2.0 <= self._number(name) <= 2.0, "a number from -2 to 2")
+        self._check("repetition_penalty", 0.0 < self._number("repetition_penalty") <= 100.0, "above 0 and at most 100")
         self._check("max_tokens", 1 <= self._integer("max_tokens") < 2**31, "a whole number of at least 1")
-        self._check("n", 1 <= self._integer("n") <= MAX_N, f"a whole number from 1 to {MAX_N}")
-        if self.logprobs is not None:
-            in_range = 0 <= self._integer("logprobs") <= MAX_LOGPROBS
-            self._check("logprobs", in_range, f"None or a whole number from 0 to {MAX_LOGPROBS}")
+        self._check("min_tokens", 0 <= self._integer("min_tokens") < 2**31, "a whole number of at least 0")
+        self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens={self.max_tokens}")
+        self._check_optional("logprobs", 0, MAX_LOGPROBS)
+        self._check_optional("prompt_logprobs", 0, MAX_LOGPROBS)
         if self.seed is not None:
             self._check("seed", -(2**63) <= self._integer("seed") < 2**64, "a whole number of at most 64 bits")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        self._set("stop", self._texts("stop", stop, MAX_STOP, MAX_STOP_CHARS))
+        self._set("bad_words", self._texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_CHARS))
+        self._set("stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", self._ids("allowed_token_ids", self.allowed_token_ids, MAX_ID))
+            self._check("allowed_token_ids", bool(self.allowed_token_ids), "None or a list of at least one token id")
+        self._check_bias()
+        self._check_instance("structured_outputs", StructuredOutputs)
+        self._check_instance("entropy", EntropySettings)
+
+    @property
+    def n_sequences(self) -> int:
+        """Answers that are made, of which n are kept."""
+        return self.best_of or self.n
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        right = f"a mapping of at most {MAX_BIAS} token ids to numbers from {-MAX_BIAS_VALUE:g} to {MAX_BIAS_VALUE:g}"
+        self._check("logit_bias", isinstance(self.logit_bias, Mapping) and len(self.logit_bias) <= MAX_BIAS, right)
+        for token, value in self.logit_bias.items():
+            self._check("logit_bias", _is_integer(token) and 0 <= token <= MAX_ID, right)
+            self._check("logit_bias", _is_number(value) and abs(value) <= MAX_BIAS_VALUE, right)
+        self._set("logit_bias", {int(t): float(v) for t, v in self.logit_bias.items()} or None)
+
+    def _texts(self, name: str, given: Any, most: int, longest: int) -> tuple[str, ...]:
+        right = f"at most {most} texts, each of 1 to {longest} characters"
+        values = self._listed(name, given, right)
+        fits = all(isinstance(v, str) and 1 <= len(v) <= longest for v in values)
+        self._check(name, fits and len(values) <= most, right)
+        return values
+
+    def _ids(self, name: str, given: Any, most: int) -> tuple[int, ...]:
+        right = f"a list of at most {most} token ids"
+        values = self._listed(name, given, right)
+        self._check(name, len(values) <= most and all(_is_integer(v) and 0 <= v <= MAX_ID for v in values), right)
+        return tuple(dict.fromkeys(int(v) for v in values))
+
+    def _listed(self, name: str, given: Any, right: str) -> tuple:
+        if given is None:
+            return ()
+        self._check(name, isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping), right)
+        return tuple(given)
+
+    def _check_optional(self, name: str, least: int, most: int) -> None:
+        if getattr(self, name) is not None:
+            right = f"None or a whole number from {least} to {most}"
+            self._check(name, least <= self._integer(name) <= most, right)
+
+    def _check_instance(self, name: str, of: type) -> None:
+        value = getattr(self, name)
+        self._check(name, value is None or isinstance(value, of), f"None or {of.__name__}(...)")
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
-        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else math.nan
+        return float(value) if _is_number(value) else math.nan
 
     def _integer(self, name: str) -> float:
         value = getattr(self, name)
-        return value if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else math.nan
+        return value if _is_integer(value) else math.nan
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check(self, name: str, ok: bool, right: str) -> None:
         if not ok:
-            raise RequestError(f"{name}={getattr(self, name)!r} must be {right}.")
+            raise RequestError(f"{name}={_shortened(getattr(self, name))} must be {right}.")
 
     @classmethod
     def make(cls, defaults: dict[str, Any], **given: Any) -> "SamplingParams":
@@ -67,23 +154,15 @@ class SamplingParams:
         return cls(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
 
 
-class RowParams(NamedTuple):
-    """SamplingParams of every row of a batch, as arrays."""
-
-    temperature_B: Any  # float32
-    top_k_B: Any  # int32
-    top_p_B: Any  # float32
-    min_p_B: Any  # float32
-    seed_B2: Any  # uint32, high and low word
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def pack_rows(params: Sequence[SamplingParams]) -> RowParams:
-    """NumPy arrays of the rows' parameters. Every seed must have been chosen."""
-    seeds = [int(p.seed) % 2**64 for p in params]
-    return RowParams(
-        temperature_B=np.array([p.temperature for p in params], np.float32),
-        top_k_B=np.array([p.top_k for p in params], np.int32),
-        top_p_B=np.array([p.top_p for p in params], np.float32),
-        min_p_B=np.array([p.min_p for p in params], np.float32),
-        seed_B2=np.array([(s >> 32, s & 0xFFFFFFFF) for s in seeds], np.uint32).reshape(-1, 2),
-    )
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,5 +1,6 @@
 """The sampler that ends every step: logits in, one token per row out, nothing but that leaves the device."""
 
+import enum
 from typing import NamedTuple
 
 import jax
@@ -7,16 +8,37 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding import DATA, MODEL, SPECS
-from .params import MAX_LOGPROBS, RowParams
+from .filters import Filters, K, is_kept, last_kept, top_tokens
+from .noise import gumbel
+from .params import MAX_LOGPROBS, SamplingParams
+from .penalties import SlotSampling, count_tokens, process_logits
+from .rows import RowParams
+
+
+class Mode(enum.IntEnum):
+    """How much a step's sampler does: what the most demanding of its rows asks for."""
+
+    GREEDY = 0  # the most likely token of the raw logits
+    SAMPLE = 1  # everything but what follows
+    LOGPROBS = 2  # also the most likely tokens' log-probabilities
+
+
+def mode_of(params: SamplingParams) -> Mode:
+    """What a request asks for."""
+    if params.logprobs or params.prompt_logprobs:
+        return Mode.LOGPROBS
+    changes = (params.presence_penalty, params.frequency_penalty, params.logit_bias, params.allowed_token_ids)
+    changes += (params.bad_words, params.min_tokens, params.structured_outputs, params.repetition_penalty != 1)
+    return Mode.SAMPLE if params.temperature > 0 or any(changes) else Mode.GREEDY
 
 
 class Sampled(NamedTuple):
     """What was sampled for every row, readable by every process. Log-probabilities are of the raw logits."""
 
     tokens_R: jax.Array  # int32
-    logprobs_R: jax.Array  # float32
+    logprobs_R: jax.Array  # float32; NaN where the logits were not numbers
     ranks_R: jax.Array  # int32, 1 for the most likely token
-    top_tokens_RJ: jax.Array | None  # int32, the most likely tokens in order; None when every row is greedy
+    top_tokens_RJ: jax.Array | None  # int32, the most likely tokens in order; None unless asked for
     top_logprobs_RJ: jax.Array | None  # float32
 
 
@@ -33,9 +55,13 @@ def log_normalizer(logits_RV: jax.Array, *, mesh: Mesh) -> jax.Array:
 def sample(
     logits_RV: jax.Array,
     normalizer_R: jax.Array,
-    rows: RowParams | None,
+    rows: RowParams,
+    slots: SlotSampling,
+    slot_R: jax.Array,
     positions_R: jax.Array,
+    forced_R: jax.Array,
     *,
+    mode: Mode,
     vocab_size: int,
     mesh: Mesh,
 ) -> Sampled:
@@ -44,36 +70,86 @@ def sample(
     Args:
       logits_RV: padded logits, split over the mesh, -inf in the padding.
       normalizer_R: from `log_normalizer`.
-      rows: sampling parameters, or None when every row is greedy and nobody asks for other tokens' probabilities: then
-        only one candidate per shard is exchanged.
+      rows: sampling parameters.
+      slots, slot_R: what is kept of the slots, and each row's.
       positions_R: position that the new token takes in its sequence. The noise is a function of seed, position
         and token id, so a row's draw does not depend on the batch, its slot or the mesh.
+      forced_R: a token that is taken in place of a choice, for its log-probability; -1: none.
+      mode: static; in GREEDY mode only one candidate per shard is exchanged and `slots` is not looked at.
     """
 
-    def local(logits: jax.Array, normalizer: jax.Array, rows: RowParams | None, positions: jax.Array) -> Sampled:
-        top_tokens, top_logprobs = None, None
-        if rows is None:
-            tokens = _sharded_argmax(logits)
+    def local(
+        logits: jax.Array,
+        normalizer: jax.Array,
+        rows: RowParams,
+        slots: SlotSampling,
+        slot: jax.Array,
+        positions: jax.Array,
+        forced: jax.Array,
+    ) -> Sampled:
+        top_ids, top_logprobs = None, None
+        if mode == Mode.GREEDY:
+            tokens = sharded_argmax(logits)
         else:
-            whole = jax.lax.all_gather(logits, MODEL, axis=1, tiled=True)[:, :vocab_size]
-            tokens = sample_rows(whole, rows, positions)
-            top_logits, top_tokens = jax.lax.top_k(whole, min(MAX_LOGPROBS, vocab_size))
-            top_logprobs = top_logits - normalizer[:, None]
+            processed = process_logits(logits.astype(jnp.float32), slots, slot, rows)
+            tokens = draw(processed, rows, positions, vocab_size)
+        tokens = jnp.where(forced >= 0, forced, tokens)
+        if mode >= Mode.LOGPROBS:
+            top = top_tokens(logits, min(MAX_LOGPROBS, vocab_size))
+            top_ids, top_logprobs = top.ids_RK, top.logits_RK - normalizer[:, None]
         chosen = _logit_of(logits, tokens)
         ranks = 1 + jax.lax.psum(jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32), MODEL)
-        sampled = Sampled(tokens, chosen - normalizer, ranks, top_tokens, top_logprobs)
+        sampled = Sampled(tokens, chosen - normalizer, ranks, top_ids, top_logprobs)
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), sampled)
 
-    row_specs = None if rows is None else RowParams(*[SPECS["tokens"]] * len(RowParams._fields))
-    top = None if rows is None else SPECS["replicated"]
+    by_row, top = SPECS["tokens"], None if mode < Mode.LOGPROBS else SPECS["replicated"]
     # The result is the same everywhere after the gathers, which the checker of varying axes cannot know.
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(SPECS["last_logits"], SPECS["tokens"], row_specs, SPECS["tokens"]),
+        in_specs=(SPECS["last_logits"], by_row, RowParams(*[by_row] * len(RowParams._fields)), SLOT_SPECS, *[by_row] * 3),
         out_specs=Sampled(*[SPECS["replicated"]] * 3, top, top),
         check_vma=False,
-    )(logits_RV, normalizer_R, rows, positions_R)
+    )(logits_RV, normalizer_R, rows, slots, slot_R, positions_R, forced_R)
+
+
+SLOT_SPECS = SlotSampling(
+    counts_SV=SPECS["last_logits"],
+    allowed_SW=SPECS["tokens"],
+    bias_ids_SB=SPECS["tokens"],
+    bias_SB=SPECS["tokens"],
+    entropy_SE=SPECS["tokens"],
+)
+
+
+def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int) -> jax.Array:
+    """Draws (R,) from one device's part of processed logits, with the filters of each row; temperature 0 is greedy."""
+    is_greedy_R = rows.temperature_R <= 0
+    filters = Filters(
+        jnp.where(is_greedy_R, 1.0, jnp.maximum(rows.temperature_R, 1e-30)),
+        jnp.where(is_greedy_R, 0, rows.top_k_R),
+        jnp.where(is_greedy_R, 1.0, rows.top_p_R),
+        jnp.where(is_greedy_R, 0.0, rows.min_p_R),
+    )
+    peak_R = jax.lax.pmax(jnp.max(logits_RV, axis=-1), MODEL)
+    cut = last_kept(logits_RV, peak_R, top_tokens(logits_RV, min(K, vocab_size)), filters, vocab_size)
+    n_local = logits_RV.shape[-1]
+    ids_RV = jnp.broadcast_to(jax.lax.axis_index(MODEL) * n_local + jnp.arange(n_local), logits_RV.shape)
+    # Relative to the largest, so that no temperature, however small, overflows.
+    scaled_RV = (logits_RV - peak_R[:, None]) / filters.temperature_R[:, None]
+    noisy_RV = scaled_RV + gumbel(rows.seed_R2, positions_R, ids_RV)
+    noisy_RV = jnp.where(is_kept(logits_RV, ids_RV, peak_R, cut, filters), noisy_RV, -jnp.inf)
+    return sharded_argmax(jnp.where(is_greedy_R[:, None], logits_RV, noisy_RV))
+
+
+def sharded_argmax(logits_RV: jax.Array) -> jax.Array:
+    """Global argmax over a split vocabulary; the lowest id wins ties, as on one device."""
+    first_id = jax.lax.axis_index(MODEL) * logits_RV.shape[-1]
+    ids_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32) + first_id
+    peaks_MR = jax.lax.all_gather(jnp.max(logits_RV, axis=-1), MODEL)
+    ids_MR = jax.lax.all_gather(ids_R, MODEL)
+    winner_R = jnp.argmax(peaks_MR, axis=0)
+    return jnp.take_along_axis(ids_MR, winner_R[None], axis=0)[0]
 
 
 def _logit_of(logits_RV: jax.Array, tokens_R: jax.Array) -> jax.Array:
@@ -83,53 +159,3 @@ def _logit_of(logits_RV: jax.Array, tokens_R: jax.Array) -> jax.Array:
     mine_R = (local_R >= 0) & (local_R < n_local)
     logit_R = jnp.take_along_axis(logits_RV, jnp.clip(local_R, 0, n_local - 1)[:, None], axis=-1)[:, 0]
     return jax.lax.psum(jnp.where(mine_R, logit_R, 0), MODEL)
-
-
-def _sharded_argmax(logits_BV: jax.Array) -> jax.Array:
-    """Global argmax over a split vocabulary; the lowest id wins ties, as on one device."""
-    first_id = jax.lax.axis_index(MODEL) * logits_BV.shape[-1]
-    ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32) + first_id
-    peaks_MB = jax.lax.all_gather(jnp.max(logits_BV, axis=-1), MODEL)
-    ids_MB = jax.lax.all_gather(ids_B, MODEL)
-    winner_B = jnp.argmax(peaks_MB, axis=0)
-    return jnp.take_along_axis(ids_MB, winner_B[None], axis=0)[0]
-
-
-def sample_rows(logits_BV: jax.Array, rows: RowParams, positions_B: jax.Array) -> jax.Array:
-    """Draws from whole rows of logits (true vocabulary). Temperature 0 is greedy. Returns (B,) int32."""
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    temperature_B = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1.0)
-    # Relative to the largest, so that no temperature, however small, overflows.
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
-
-    # Every filter keeps a prefix of the tokens in order of likelihood; equal ones stand in order of their id.
-    ids = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1], dtype=jnp.int32), logits_BV.shape)
-    negated, ids_BV = jax.lax.sort((-logits_BV, ids), dimension=-1, is_stable=True, num_keys=1)
-    sorted_BV = -negated
-    kept_B = _count_kept(jax.nn.softmax(sorted_BV, axis=-1), rows)
-    candidates_BV = jnp.where(jnp.arange(ids.shape[-1]) < kept_B[:, None], sorted_BV, -jnp.inf)
-
-    # Gumbel-max: the argmax of logits plus this noise is a draw from their softmax.
-    noise_BV = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed_B2, positions_B, ids.shape[-1])
-    choice_B = jnp.argmax(candidates_BV + jnp.take_along_axis(noise_BV, ids_BV, axis=-1), axis=-1)
-    drawn_B = jnp.take_along_axis(ids_BV, choice_B[:, None], axis=-1)[:, 0]
-    return jnp.where(rows.temperature_B > 0, drawn_B, greedy_B)
-
-
-def _count_kept(probs_BV: jax.Array, rows: RowParams) -> jax.Array:
-    """How many of the descending `probs_BV` pass min_p, top_k and top_p; at least one."""
-    vocab_size = probs_BV.shape[-1]
-    kept_B = jnp.sum(probs_BV >= rows.min_p_B[:, None] * probs_BV[:, :1], axis=-1)
-    kept_B = jnp.minimum(kept_B, jnp.where(rows.top_k_B > 0, rows.top_k_B, vocab_size))
-    probs_BV = jnp.where(jnp.arange(vocab_size) < kept_B[:, None], probs_BV, 0)
-    mass_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    total_B = jnp.sum(probs_BV, axis=-1, keepdims=True)
-    in_nucleus_BV = mass_before_BV < rows.top_p_B[:, None] * total_B
-    # Without top_p nothing is cut: rounding of the running sum must not drop the tail.
-    kept_B = jnp.where(rows.top_p_B < 1, jnp.minimum(kept_B, jnp.sum(in_nucleus_BV, axis=-1)), kept_B)
-    return jnp.maximum(kept_B, 1)
-
-
-def _gumbel(seed_2: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), position)
-    return jax.random.gumbel(key, (vocab_size,), jnp.float32)

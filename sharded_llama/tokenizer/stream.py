@@ -5,6 +5,7 @@ space before the first one. Decoding everything each time would cost quadratic t
 Face TGI, the new tokens are decoded together with a few before them, and what those alone give is cut off.
 """
 
+import functools
 from collections.abc import Iterable
 
 from .base import Tokenizer, TokenKind
@@ -19,15 +20,16 @@ REPLACEMENT = "\ufffd"
 class StreamDecoder:
     """Turns the tokens of one sequence into text, never returning half a character.
 
-    What `push` returned and then `flush`, put together, is exactly `tokenizer.decode` of all ids. Time is linear
-    in the number of tokens.
+    What `push` returned and then `flush`, put together, is exactly `tokenizer.decode` of all ids, special tokens left
+    out or written out. Time is linear in the number of tokens.
 
     Text is held back while it may still change: a U+FFFD at the end, which can be the beginning of a character,
     until the next token; and byte-fallback tokens, until one that is not.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._decode_ids = tokenizer.decode if skip_special else functools.partial(tokenizer.decode, skip_special=False)
         self._context: list[int] = []  # the last tokens that were read
         self._unread: list[int] = []  # byte tokens whose run is still open
 
@@ -38,7 +40,7 @@ class StreamDecoder:
         """
         settled = 0
         for token_id in token_ids:
-            kind = self._tokenizer.kind(token_id)
+            kind = self._kind(token_id)
             if kind is not TokenKind.SKIPPED:
                 self._unread.append(token_id)
             if kind is TokenKind.TEXT:
@@ -56,8 +58,14 @@ class StreamDecoder:
         seen = len(_final(self._decode(self._context)))
         return self._decode(self._context + self._unread)[seen:]
 
+    def _kind(self, token_id: int) -> TokenKind:
+        kind = self._tokenizer.kind(token_id)
+        if kind is TokenKind.SKIPPED and not self._skip_special and self._decode_ids([token_id]):
+            return TokenKind.TEXT  # a special token, which is written out
+        return kind
+
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids) if ids else ""
+        return self._decode_ids(ids) if ids else ""
 
 
 def _final(text: str) -> str:
