@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "sharded_llama/__init__.p
 ORBAX = ["orbax-checkpoint>=0.12.4"]
 META = ["sentencepiece>=0.2", "tiktoken>=0.9"]  # the tokenizers of Meta's checkpoints
 HUB = ["huggingface_hub>=1.33"]
-STRUCTURED = ["llguidance>=1.9"]  # what an answer may contain: schemas, grammars
+STRUCTURED = ["llguidance>=1.9.1"]  # what an answer may contain: schemas, grammars
 PARITY = ["matplotlib>=3.8", "torch>=2.6", "transformers>=5.0"]
 TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", *ORBAX]
 LINT = ["ruff==0.17.6"]  # exact: another version formats differently

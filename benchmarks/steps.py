@@ -30,6 +30,7 @@ from sharded_llama.errors import ConfigError
 from sharded_llama.kv_cache import KVPages, pages_layout
 from sharded_llama.mesh import make_mesh, parse_mesh, simulate_cpu_devices
 from sharded_llama.model import xfmr
+from sharded_llama.sampling import Mode
 from sharded_llama.sharding import DATA, MODEL
 from sharded_llama.weights import XfmrWeights, init_weights
 
@@ -132,7 +133,7 @@ def decode_work(shape: StepShape, data: int, position: int) -> Work:
     rows[..., Column.START] = position
     rows[..., Column.LENGTH] = rows[..., Column.SAMPLES] = 1
     rows[..., Column.SLOT] = np.arange(shape.n_single)
-    return Work(shape, 1, True, rows.reshape(-1, Column.COUNT), np.zeros((0, 1), np.int32))
+    return Work(shape, 1, Mode.GREEDY, rows.reshape(-1, Column.COUNT), np.zeros((0, 1), np.int32), chooses=True)
 
 
 def prefill_works(shape: StepShape, data: int, slots: int, length: int, vocab_size: int) -> list[Work]:
@@ -145,7 +146,7 @@ def prefill_works(shape: StepShape, data: int, slots: int, length: int, vocab_si
         for row, (slot, start, n) in enumerate(pieces[first : first + shape.n_blocks], shape.n_single):
             rows[:, row, : Column.LIMIT] = (0, start, n, slot, start + n == length)
         tokens = rng.integers(0, vocab_size, (data * shape.n_blocks, BLOCK), np.int32)
-        works.append(Work(shape, 1, True, rows.reshape(-1, Column.COUNT), tokens))
+        works.append(Work(shape, 1, Mode.GREEDY, rows.reshape(-1, Column.COUNT), tokens, chooses=True))
     return works
 
 

@@ -9,6 +9,7 @@ template has it; the end of the input (Ctrl-D) ends the conversation. The text g
 everything else to standard error.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,29 +18,21 @@ from pathlib import Path
 from absl import flags
 
 from sharded_llama.engine.llm import LLM, Stream, Timings
+from sharded_llama.engine.outputs import RequestOutput, StreamEvent
 from sharded_llama.errors import RequestError
 from sharded_llama.mesh import broadcast_from_main
-from sharded_llama.sampling import SamplingParams
 
-from . import common, engine_flags, prompts as prompt_flags
+from . import common, engine_flags, prompts as prompt_flags, sampling_flags
 from .chat import converse
 
 flags.adopt_module_key_flags(common)
 flags.adopt_module_key_flags(prompt_flags)
 flags.adopt_module_key_flags(engine_flags)
+flags.adopt_module_key_flags(sampling_flags)
 
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Most new tokens per prompt. Default: 128.", 1)
-TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy. Default: the checkpoint's, else 0.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many most likely tokens; 0: all.")
-TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most likely tokens that hold this mass.")
-MIN_P = flags.DEFINE_float("min_p", None, "Drop tokens less likely than this times the most likely one.")
-SEED = flags.DEFINE_integer("seed", None, "Seed of the sampling; default: a new one each time.")
-IGNORE_EOS = flags.DEFINE_bool("ignore_eos", None, "Generate past end-of-sequence tokens.")
 CHAT = flags.DEFINE_bool("chat", False, "Hold a conversation on the terminal.")
 SYSTEM = flags.DEFINE_string("system", None, "System message of the conversation.")
 OUTPUT = flags.DEFINE_string("output", None, "Write the answers to this file as JSON lines.")
-
-DEFAULT_MAX_NEW_TOKENS = 128
 
 
 def read_prompts() -> list[str]:
@@ -52,45 +45,39 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-def sampling_settings() -> dict[str, object]:
-    """Sampling parameters that flags or config give; what is left out has the checkpoint's default."""
-    given = {
-        "max_tokens": common.setting("generate", "max_new_tokens", MAX_NEW_TOKENS.value),
-        "ignore_eos": IGNORE_EOS.value,
-    }
-    if given["max_tokens"] is None:
-        given["max_tokens"] = DEFAULT_MAX_NEW_TOKENS
-    for flag in (TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED):
-        given[flag.name] = common.setting("generate", flag.name, flag.value)
-    return given
-
-
 class Printer:
-    """Prints answers in the order of their prompts, the first unfinished one as it comes."""
+    """Prints answers in the order of prompts and answers, the first unfinished one as it comes."""
 
-    def __init__(self, prompts: list[str]):
-        self.prompts = prompts
+    def __init__(self, prompts: list[str], n: int):
+        self.prompts, self.n = prompts, n
         self.current = -1
-        self.texts = [""] * len(prompts)
-        self.done = [False] * len(prompts)
+        self.texts = [""] * (len(prompts) * n)
+        self.done = [False] * len(self.texts)
 
-    def add(self, request: int, text: str, finished: bool) -> None:
+    def add(self, event: StreamEvent) -> None:
         if self.current < 0:  # nothing is printed before the first token is there
             self._next()
-        self.texts[request] += text
-        self.done[request] = finished
-        if request == self.current:
-            self._write(text)
-            while self.current < len(self.prompts) and self.done[self.current]:
+        number = event.request * self.n + event.index
+        self.texts[number] += event.text
+        self.done[number] = event.finish_reason is not None
+        if number == self.current:
+            self._write(event.text)
+            while self.current < len(self.texts) and self.done[self.current]:
                 self._write("\n")
                 self._next()
 
     def _next(self) -> None:
-        """Goes to the next prompt and prints it, with what is there of its answer."""
+        """Goes to the next answer and prints its prompt, with what is there of it."""
         self.current += 1
-        if self.current < len(self.prompts):
-            separator = f"--- prompt {self.current + 1} of {len(self.prompts)} ---\n" if len(self.prompts) > 1 else ""
-            self._write(separator + self.prompts[self.current] + self.texts[self.current])
+        if self.current < len(self.texts):
+            request, index = divmod(self.current, self.n)
+            self._write(self._heading(request, index) + self.prompts[request] + self.texts[self.current])
+
+    def _heading(self, request: int, index: int) -> str:
+        """The line above an answer; none when there is but one."""
+        parts = [f"prompt {request + 1} of {len(self.prompts)}"] if len(self.prompts) > 1 else []
+        parts += [f"answer {index + 1} of {self.n}"] if self.n > 1 else []
+        return f"--- {', '.join(parts)} ---\n" if parts else ""
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
@@ -120,6 +107,22 @@ def check_output(name: str) -> None:
         raise RequestError(f"--output={name}: its folder cannot be written to.")
 
 
+def records(outputs: list[RequestOutput]) -> list[dict[str, object]]:
+    """One for each answer, for a line of JSON."""
+    fields = ("index", "text", "token_ids", "finish_reason", "stop_reason")
+    rows = []
+    for output in outputs:
+        for answer in output.outputs:
+            row = {"prompt": output.prompt} | {field: getattr(answer, field) for field in fields}
+            if answer.logprobs is not None:
+                row["logprobs"] = [
+                    [{"token_id": token} | dataclasses.asdict(found) for token, found in of_token.items()]
+                    for of_token in answer.logprobs
+                ]
+            rows.append(row)
+    return rows
+
+
 def write_output(path: Path, records: list[dict[str, object]]) -> None:
     """Writes JSON lines under a temporary name first, so that the file is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
@@ -135,46 +138,46 @@ def read_input() -> list[str]:
 
 
 def main() -> None:
-    settings = sampling_settings()
-    SamplingParams.make({}, **settings)  # a mistake shows before the model is loaded
+    settings = sampling_flags.sampling_settings()
     if CHAT.value:
-        check_chat()
+        check_chat(settings)
         converse(common.load_model(**engine_flags.engine_options()), SYSTEM.value, settings)
         return
     if SYSTEM.value is not None:
         raise RequestError("--system belongs to a conversation: add --chat.")
+    if sampling_flags.LOGPROBS.value is not None and not OUTPUT.value:
+        raise RequestError("--logprobs are written with the answers: add --output=FILE.")
     # Every process has to run the same prompts; only process 0 needs to have them, and it alone writes.
     prompts = broadcast_from_main(read_input)
     llm = common.load_model(**engine_flags.engine_options())
-    answer(llm, llm.stream(prompts, **settings), prompts)
+    answer(llm, llm.stream(prompts, **settings), Printer(prompts, settings.get("n", 1)))
 
 
-def check_chat() -> None:
+def check_chat(settings: dict[str, object]) -> None:
     """Raises RequestError for flags that do not go with a conversation."""
-    given = {"--prompt": prompt_flags.PROMPT.value, "--prompt_file": prompt_flags.PROMPT_FILE.value}
-    given["--output"] = OUTPUT.value
-    for name, value in given.items():
+    reading = {"--prompt": prompt_flags.PROMPT.value, "--prompt_file": prompt_flags.PROMPT_FILE.value}
+    writing = {
+        "--output": OUTPUT.value,
+        "--logprobs": settings["logprobs"] is not None,
+        "--n": settings.get("n", 1) > 1,
+    }
+    for name, value in reading.items():
         if value:
             raise RequestError(f"{name} does not go with --chat, which reads messages from the terminal.")
+    for name, value in writing.items():
+        if value:
+            raise RequestError(f"{name} does not go with --chat, which writes one answer to the terminal.")
 
 
-def answer(llm: LLM, stream: Stream, prompts: list[str]) -> None:
-    """Prints and writes what a stream brings."""
-    printer = Printer(prompts) if common.is_main_process() else None
-    texts, tokens, reasons = [""] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
+def answer(llm: LLM, stream: Stream, printer: Printer) -> None:
+    """Prints and writes what a stream brings; process 0 alone has the events."""
     for event in stream:
-        texts[event.request] += event.text
-        tokens[event.request] += event.token_ids
-        reasons[event.request] = event.finish_reason
-        if printer:
-            printer.add(event.request, event.text, event.finish_reason is not None)
+        printer.add(event)
     if not common.is_main_process():
         return
     print(summary(llm, stream.timings), file=sys.stderr)
     if OUTPUT.value:
-        fields = ("prompt", "text", "token_ids", "finish_reason")
-        rows = zip(prompts, texts, tokens, reasons, strict=True)
-        write_output(Path(OUTPUT.value), [dict(zip(fields, row, strict=True)) for row in rows])
+        write_output(Path(OUTPUT.value), records(stream.outputs()))
 
 
 def cli() -> None:

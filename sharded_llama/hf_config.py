@@ -60,7 +60,8 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
     `{"do_sample": False}` (greedy) when generation_config.json is missing or does not turn sampling on. Otherwise
     all of do_sample, temperature, top_k (0: off), top_p (1.0: off) and min_p (0.0: off). A top_k left out is 50,
     because that is transformers' default: Llama 3.1 Instruct, which sets only temperature and top_p, samples from
-    50 tokens there. Settings that are not supported are logged as a warning.
+    50 tokens there. In either case repetition_penalty is there unless it is 1 (off). Settings that are not supported
+    are logged as a warning.
 
     Raises ConfigError, naming file and field, for what is malformed.
     """
@@ -72,8 +73,11 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
         for name, neutral in hf_fields.GENERATION_NEUTRAL.items():
             if raw.get(name) is not None and raw[name] not in neutral:
                 logger.warning("%s: %s=%r is not supported and has no effect.", file, name, raw[name])
+    with naming(file):
+        penalty = _positive(raw, "repetition_penalty", 1.0)
+    penalties = {} if penalty == 1.0 else {"repetition_penalty": penalty}
     if raw.get("do_sample") is not True:
-        return {"do_sample": False}
+        return {"do_sample": False} | penalties
     with naming(file):
         _positive(raw, "top_p", 1.0)  # 0 would keep no token
         top_k = _get(raw, "top_k", 50)
@@ -85,7 +89,7 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
             "top_k": top_k,
             "top_p": _probability(raw, "top_p", 1.0),
             "min_p": _probability(raw, "min_p", 0.0),
-        }
+        } | penalties
 
 
 def _get(raw: Mapping[str, Any], name: str, default: Any) -> Any:

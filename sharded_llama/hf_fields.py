@@ -123,7 +123,6 @@ HARMLESS = frozenset(
 
 # generation_config.json: not implemented, warned of unless at one of these values or null.
 GENERATION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),

@@ -466,6 +466,9 @@ def test_a_bad_generation_config_is_named(tmp_path):
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
         {"do_sample": True, "top_k": 0, "min_p": 0.05},
         {"do_sample": True, "top_k": None, "temperature": None},
+        {"do_sample": True, "repetition_penalty": 1.1},
+        {"do_sample": True, "repetition_penalty": 1},
+        {"repetition_penalty": 1.3},
     ],
     ids=str,
 )
@@ -474,6 +477,7 @@ def test_sampling_defaults_are_those_of_transformers(tmp_path, raw):
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     theirs.update(**theirs._get_default_generation_params(), defaults_only=True)  # as `generate` does
     ours = read_generation_config(tmp_path)
+    assert ours.pop("repetition_penalty", 1.0) == theirs.repetition_penalty
     assert ours["do_sample"] == theirs.do_sample
     if ours["do_sample"]:
         expected = {name: getattr(theirs, name) for name in ("do_sample", "temperature", "top_k", "top_p", "min_p")}
@@ -496,6 +500,8 @@ def test_no_generation_config_is_greedy(tmp_path):
         ({"top_p": 1.5}, "top_p=1.5 must be a number from 0 to 1"),
         ({"top_p": math.nan}, "top_p=nan must be"),
         ({"min_p": True}, "min_p=True must be"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be"),
+        ({"repetition_penalty": "high"}, "repetition_penalty='high' must be"),
     ],
     ids=str,
 )
@@ -506,13 +512,13 @@ def test_invalid_sampling_defaults(tmp_path, raw, message):
 
 
 def test_unsupported_sampling_defaults_are_named_in_a_warning(tmp_path, caplog):
-    raw = {"repetition_penalty": 1.1, "num_beams": 1, "no_repeat_ngram_size": 3, "max_length": 4096, "typical_p": 1.0}
+    raw = {"repetition_penalty": 1.1, "penalty_alpha": 0.6, "num_beams": 1, "no_repeat_ngram_size": 3, "max_length": 4096, "typical_p": 1.0}
     write(tmp_path, raw, name="generation_config.json")
     read_generation_config(tmp_path)
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 2
-    assert "repetition_penalty=1.1 is not supported" in messages[0]
-    assert "no_repeat_ngram_size=3 is not supported" in messages[1]
+    assert "no_repeat_ngram_size=3 is not supported" in messages[0]
+    assert "penalty_alpha=0.6 is not supported" in messages[1]
 
 
 # ---- LlamaConfig itself

@@ -60,9 +60,10 @@ def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, le
         """Of block i: (R, H, S) float32, NOTHING where a position is not live."""
         pages_RW = jax.lax.dynamic_slice_in_dim(tables_RW, i * per_block, per_block, axis=1)
         k_RSGK = pages.read(pages_RW, q_RHK.dtype)[0].reshape(q_RHK.shape[0], block, n_kv_heads, -1)
-        # Without the barrier a compiler may want all pages in the layout that suits the product, and copies them.
-        k_RSGK = jax.lax.optimization_barrier(k_RSGK)
-        s_RGMS = dot("rgmk,rsgk->rgms", q_RGMK, k_RSGK, out_dtype=jnp.float32) * q_RHK.shape[-1] ** -0.5
+        # In the order that the product takes, so that reading the pages makes the only copy. Without the barrier a
+        # compiler may want all pages in that order.
+        k_RGSK = jax.lax.optimization_barrier(jnp.swapaxes(k_RSGK, 1, 2))
+        s_RGMS = dot("rgmk,rgsk->rgms", q_RGMK, k_RGSK, out_dtype=jnp.float32) * q_RHK.shape[-1] ** -0.5
         live_RS = i * block + jnp.arange(block) < length_R[:, None]
         return jnp.where(live_RS[:, None], s_RGMS.reshape(*q_RHK.shape[:2], block), NOTHING)
 

@@ -2,22 +2,45 @@
 
 import asyncio
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..errors import EngineError
 from ..sampling import SamplingParams
+from ..tokenizer import Tokenizer
 from .engine import Engine, EngineStats, TokenDelta
+from .outputs import Answers, RequestOutput, StreamEvent
+
+
+class _Listener:
+    """Whoever waits for the deltas of one request. Compared by identity: its name may later be another's."""
+
+    def __init__(self, request_id: str):
+        self.request_id = request_id
+        self._loop = asyncio.get_running_loop()
+        self._deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
+
+    def deliver(self, delta: TokenDelta | Exception) -> None:
+        """For any thread. Raises RuntimeError when the loop is closed, where nobody listens any more."""
+        self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+
+    async def next(self) -> TokenDelta:
+        delta = await self._deltas.get()
+        if isinstance(delta, Exception):
+            raise delta
+        return delta
 
 
 class AsyncEngine:
     """Wraps an `Engine`. All methods may be called from any thread or event loop; the engine itself sees one thread."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None):
+        """The tokenizer is for the texts of `stream` and `answer`."""
+        self._engine, self._tokenizer = engine, tokenizer
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, Callable[[TokenDelta | Exception], None]] = {}  # seen by the thread alone
+        self._listeners: dict[str, _Listener] = {}  # seen by the thread alone
         self._stopped, self._stopping = False, threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -25,43 +48,62 @@ class AsyncEngine:
     async def generate(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
     ) -> AsyncIterator[TokenDelta]:
-        """The deltas of one request as they come, of all its n answers.
+        """The deltas of one request as they come, of all its n (or best_of) answers; stop strings are not looked for.
 
         Cancelling the task that iterates, or closing the iterator (`contextlib.aclosing`), aborts the request. Raises
         RequestError when it cannot be served, EngineError when the engine is dead or dies.
         """
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
-
-        def deliver(delta: TokenDelta | Exception) -> None:
-            try:
-                loop.call_soon_threadsafe(deltas.put_nowait, delta)
-            except RuntimeError:  # the loop is closed: nobody is listening any more
-                self._abort(request_id, deliver)
-
-        def add() -> None:
-            try:
-                self._engine.add_request(request_id, prompt, params, priority=priority)
-                self._streams[request_id] = deliver
-            except Exception as error:  # it belongs to whoever asked
-                deliver(error)
-
-        unfinished = params.n
-        self._call(add)
+        listener = _Listener(request_id)
+        unfinished = params.n_sequences
+        self._call(functools.partial(self._add, listener, prompt, params, priority))
         try:
             while unfinished:
-                delta = await deltas.get()
-                if isinstance(delta, Exception):
-                    unfinished = 0
-                    raise delta
+                delta = await listener.next()
                 unfinished -= delta.finish_reason is not None
                 if delta.error:
-                    unfinished = 0
                     raise EngineError(delta.error)
                 yield delta
         finally:
-            if unfinished:
-                self._calls.put(lambda: self._abort(request_id, deliver))
+            self._leave(listener)
+
+    async def stream(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
+    ) -> AsyncIterator[StreamEvent]:
+        """The answers as text, as they come: like `generate`, with stop strings.
+
+        Raises RequestError as well for stop strings without a tokenizer, and for best_of.
+        """
+        answers = Answers(prompt, params, self._tokenizer, self._engine.config.eos_ids, streamed=True)
+        async with contextlib.aclosing(self._events(request_id, prompt, answers, priority)) as events:
+            async for event in events:
+                yield event
+
+    async def answer(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
+    ) -> RequestOutput:
+        """The whole answers, as `LLM.generate` has them. Cancelling the task aborts the request. Raises as `stream`."""
+        answers = Answers(prompt, params, self._tokenizer, self._engine.config.eos_ids, streamed=False)
+        async with contextlib.aclosing(self._events(request_id, prompt, answers, priority)) as events:
+            async for _ in events:
+                pass
+        return RequestOutput(request_id, None, tuple(prompt), answers.outputs(), answers.prompt_logprobs)
+
+    async def _events(
+        self, request_id: str, prompt: Sequence[int], answers: Answers, priority: int
+    ) -> AsyncIterator[StreamEvent]:
+        listener = _Listener(request_id)
+        self._call(functools.partial(self._add, listener, prompt, answers.engine_params, priority))
+        try:
+            while answers.n_unfinished:
+                delta = await listener.next()
+                event = answers.add(delta)
+                if event is None:  # it came after a stop string
+                    continue
+                if event.finish_reason is not None and delta.finish_reason is None:
+                    self._calls.put(functools.partial(self._end, listener, delta.index))
+                yield event
+        finally:
+            self._leave(listener)
 
     async def stats(self) -> EngineStats:
         """The engine's statistics between two steps."""
@@ -91,10 +133,43 @@ class AsyncEngine:
                 raise EngineError("the engine is dead: it was shut down.")
             self._calls.put(call)
 
-    def _abort(self, request_id: str, deliver: Callable[[TokenDelta | Exception], None]) -> None:
-        if self._streams.get(request_id) is deliver:  # else it was refused, or has ended: the name may be another's
-            del self._streams[request_id]
-            self._engine.abort(request_id)
+    def _leave(self, listener: _Listener) -> None:
+        """Nobody listens any more: aborts what has not ended."""
+        self._calls.put(functools.partial(self._abort, listener))
+
+    # What the thread does
+
+    def _add(self, listener: _Listener, prompt: Sequence[int], params: SamplingParams, priority: int) -> None:
+        try:
+            self._engine.add_request(listener.request_id, prompt, params, priority=priority)
+            self._listeners[listener.request_id] = listener
+        except Exception as error:  # it belongs to whoever asked
+            self._deliver(listener, error)
+
+    def _deliver(self, listener: _Listener, delta: TokenDelta | Exception) -> None:
+        try:
+            listener.deliver(delta)
+        except RuntimeError:  # the loop is closed: nobody is listening any more
+            self._abort(listener)
+
+    def _end(self, listener: _Listener, index: int) -> None:
+        if self._is_current(listener):
+            self._engine.end(listener.request_id, index)
+            self._forget(listener.request_id)
+
+    def _abort(self, listener: _Listener) -> None:
+        if self._is_current(listener):
+            del self._listeners[listener.request_id]
+            self._engine.abort(listener.request_id)
+
+    def _is_current(self, listener: _Listener) -> bool:
+        """Else it was refused, or has ended."""
+        return self._listeners.get(listener.request_id) is listener
+
+    def _forget(self, request_id: str) -> None:
+        """Where a request has ended, its name is free."""
+        if not self._engine.is_unfinished(request_id):
+            self._listeners.pop(request_id, None)
 
     def _loop(self) -> None:
         error: BaseException = EngineError("the engine is dead: it was shut down.")
@@ -104,8 +179,8 @@ class AsyncEngine:
             error = failure if isinstance(failure, EngineError) else EngineError(f"the engine is dead: {failure!r}.")
         with self._stopping:
             self._stopped = True
-        for deliver in list(self._streams.values()):
-            deliver(error)
+        for listener in list(self._listeners.values()):
+            self._deliver(listener, error)
         self._engine.shutdown()
         while not self._calls.empty():  # those that came before the end are told of it by the engine
             if call := self._calls.get():
@@ -123,8 +198,7 @@ class AsyncEngine:
                 call()
             deltas = self._engine.step()
             for delta in deltas:
-                if deliver := self._streams.get(delta.request_id):
-                    deliver(delta)
+                if listener := self._listeners.get(delta.request_id):
+                    self._deliver(listener, delta)
             for request_id in {delta.request_id for delta in deltas}:
-                if not self._engine.is_unfinished(request_id):
-                    self._streams.pop(request_id, None)
+                self._forget(request_id)

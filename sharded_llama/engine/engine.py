@@ -19,17 +19,20 @@ from jax.sharding import Mesh
 
 from ..attention import choose_backend, run_length
 from ..config import LlamaConfig
-from ..errors import EngineError, RequestError
+from ..constraints import Grammar, GrammarCompiler, row_mask
+from ..errors import ConstraintError, EngineError, RequestError
 from ..kv_cache import PAGE_SIZE
 from ..sampling import Sampled, SamplingParams
+from ..sampling.entropy import TokenMetrics
 from ..sharding import DATA, MODEL
+from ..tokenizer import Tokenizer
 from ..weights import XfmrWeights
 from .compilation import use_compilation_cache
 from .lockstep import Lockstep
 from .memory import plan_pages
 from .options import EngineOptions, check_options, pages_per_sequence, sizes_of
-from .packing import Packer
-from .runner import Runner
+from .packing import Packed, Packer, ScoredRows, SequenceSampling
+from .runner import Runner, Work
 from .scheduler import Plan, Scheduler, SchedulerConfig, SchedulerStats
 from .sequence import Sequence
 
@@ -53,6 +56,8 @@ class TokenDelta(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] | None  # of these tokens, if the request asked for them
     finish_reason: str | None  # set on the last: "stop", "length", "abort" or "error"
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first delta of answer 0, if asked for
+    metrics: tuple[TokenMetrics, ...] | None = None  # of these tokens, if the entropy sampler chose them
 
 
 @dataclasses.dataclass
@@ -77,6 +82,7 @@ class _Flight(NamedTuple):
 
     plan: Plan
     columns: np.ndarray
+    scored: list[ScoredRows]
     sampled: Sampled
 
 
@@ -91,11 +97,12 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         attention: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         """Computes how many pages the memory holds and makes the cache.
 
-        Steps are compiled when they are first needed, or all of them before by `compile`.
-        Raises ConfigError for options that contradict the model, the mesh or its memory.
+        Steps are compiled when they are first needed, or all of them before by `compile`. The tokenizer is for requests
+        that say in text what an answer must have or must not. Raises ConfigError for options that contradict the model, the mesh or its memory.
         """
         options = EngineOptions() if options is None else options
         check_options(options, config)
@@ -119,7 +126,9 @@ class Engine:
         )
         self.runner.start()
         n_shards = mesh.shape[DATA]
-        self._packer = Packer(self.sizes, n_shards, budget.n_pages)
+        self._tokenizer = tokenizer
+        self._grammars: GrammarCompiler | None = None  # made for the first request that needs it
+        self._packer = Packer(self.sizes, n_shards, budget.n_pages, config.vocab_size)
         self._lockstep = Lockstep(self.sizes, n_shards) if jax.process_count() > 1 else None
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -156,10 +165,23 @@ class Engine:
             raise RequestError(f"{MAX_REQUESTS} requests are waiting already; send this one later.")
         if self._aborted:  # what is still to be said of an aborted request must not be taken for this one's
             self._aborted = [delta for delta in self._aborted if delta.request_id != request_id]
-        stop = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
+        self._check_ids(params)
+        grammar = self._compile_grammar(params)
+        # A grammar's end has to be said.
+        ends = frozenset() if params.ignore_eos and grammar is None else frozenset(self.config.eos_ids)
+        stop = ends | frozenset(params.stop_token_ids)
+        banned = frozenset(self.config.eos_ids) | stop  # by min_tokens
         seed = self._seed + self._arrivals if params.seed is None else params.seed
         leader, sequences = None, []
-        for index in range(params.n):
+        for index in range(params.n_sequences):
+            mask = row_mask(
+                params,
+                vocab_size=self.config.vocab_size,
+                stop_ids=banned,
+                tokenizer=self._tokenizer,
+                grammar=grammar,
+            )
+            sampling = SequenceSampling(dataclasses.replace(params, seed=(int(seed) + index) % 2**64), mask)
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
@@ -168,14 +190,34 @@ class Engine:
                 stop_token_ids=stop,
                 priority=priority,
                 arrival=self._arrivals,
-                params=dataclasses.replace(params, seed=(int(seed) + index) % 2**64),
+                params=sampling,
                 leader=leader,
+                one_by_one=mask is not None and (mask.is_dynamic or mask.switch_at > 0),
+                scores_prompt=index == 0 and params.prompt_logprobs is not None,
             )
+            if sequence.scores_prompt:
+                sampling.prompt_logprobs = [None] * len(prompt)
             leader = leader or sequence
             self._arrivals += 1
             self._scheduler.add(sequence)
             sequences.append(sequence)
         self._sequences[request_id] = sequences
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        """Raises RequestError for token ids beyond the vocabulary."""
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            bad = next((i for i in getattr(params, name) or () if i >= self.config.vocab_size), None)
+            if bad is not None:
+                raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {self.config.vocab_size} tokens.")
+
+    def _compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self._tokenizer is None:
+            raise RequestError("structured_outputs needs a tokenizer, and the model was loaded without one.")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, self.config.vocab_size, tuple(self.config.eos_ids))
+        return self._grammars.compile(params.structured_outputs)
 
     def compile(self, progress: bool = True) -> None:
         """Compiles every step that can be needed, so that nothing is compiled while serving."""
@@ -206,9 +248,22 @@ class Engine:
         self._scheduler.abort(request_id)
         self._aborted += [TokenDelta(request_id, s.index, (), None, "abort") for s in unfinished]
 
+    def end(self, request_id: str, index: int, reason: str = "stop") -> None:
+        """Ends one answer now; nothing more is said of it. Unknown and finished ones are ignored."""
+        for sequence in self._sequences.get(request_id, ()):
+            if sequence.index == index and sequence.finish_reason is None:
+                self._scheduler.end(request_id, index, reason)
+                self._forget(sequence)
+                return
+
     def is_unfinished(self, request_id: str) -> bool:
         """Whether `step` still has something to say of this request."""
         return request_id in self._sequences
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was shut down or a step failed."""
+        return self._dead is not None
 
     @property
     def has_unfinished(self) -> bool:
@@ -235,23 +290,52 @@ class Engine:
         plan = self._scheduler.schedule()
         packed = None if plan is None else self._packer.pack(plan)
         planned = time.perf_counter()
+        new: list[TokenDelta] = []
+        waited = 0.0
         if packed is not None:
             for work in packed.works:
-                if self._lockstep:
-                    self._lockstep.send(work)
-                sampled = self.runner.execute(work)
-            self._in_flight.append(_Flight(plan, packed.columns, sampled))
+                sampled = self._execute(work)
+            if packed.masked:
+                # What the rows may choose depends on tokens that are to be read, while the device computes their logits.
+                new, waited = self._read_all()
+                masks, failed = self._masks(packed)
+                new += failed
+                for work in self._packer.masks(masks):
+                    sampled = self._execute(work)
+            self._in_flight.append(_Flight(plan, packed.columns, packed.scored, sampled))
         dispatched = time.perf_counter()
-        new: list[TokenDelta] = []
         if self._in_flight and (packed is None or len(self._in_flight) > 1):
-            new = self._read(self._in_flight.popleft())
+            new += self._read(self._in_flight.popleft())
         seconds = self.seconds
         seconds.steps += packed is not None
         seconds.plan_s += planned - start
-        seconds.dispatch_s += dispatched - planned
-        seconds.wait_s += time.perf_counter() - dispatched
+        seconds.dispatch_s += dispatched - planned - waited
+        seconds.wait_s += time.perf_counter() - dispatched + waited
         seconds.new_tokens += sum(len(d.token_ids) for d in new)
         return new
+
+    def _execute(self, work: Work) -> Sampled | None:
+        if self._lockstep:
+            self._lockstep.send(work)
+        return self.runner.execute(work)
+
+    def _read_all(self) -> tuple[list[TokenDelta], float]:
+        """Reads everything that is in flight. Returns its deltas and the seconds it took."""
+        start, new = time.perf_counter(), []
+        while self._in_flight:
+            new += self._read(self._in_flight.popleft())
+        return new, time.perf_counter() - start
+
+    def _masks(self, packed: Packed) -> tuple[list[tuple[Sequence, np.ndarray]], list[TokenDelta]]:
+        """The masks of unfinished rows; where a constraint cannot be kept the sequence ends."""
+        masks, failed = [], []
+        for sequence in packed.masked:
+            if sequence.finish_reason is None:
+                try:
+                    masks.append((sequence, sequence.params.mask.mask(sequence.tokens[len(sequence.prompt) :])))
+                except ConstraintError as error:
+                    failed.append(self._fail(sequence, (), None, str(error)))
+        return masks, failed
 
     def _read(self, flight: _Flight) -> list[TokenDelta]:
         """Waits for a step's tokens and hands them to the scheduler, which says what they mean."""
@@ -259,16 +343,51 @@ class Engine:
         sampled = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
         if n_steps == 1:
             sampled = Sampled(*(None if x is None else x[None] for x in sampled))
+        for rows in flight.scored:
+            self._store_scored(rows, sampled)
         tokens = sampled.tokens_R[:, flight.columns]
+        is_bad = np.isnan(sampled.logprobs_R[:, flight.columns]).any(0)
         column_of = {id(s): c for s, c in zip(flight.plan.rows, flight.columns.tolist(), strict=True)}
+        bad = {id(s) for s, b in zip(flight.plan.rows, is_bad.tolist(), strict=True) if b} if is_bad.any() else set()
         deltas = []
         for sequence, new in self._scheduler.update(flight.plan, tokens):
-            wanted = sequence.params.logprobs
-            logprobs = None if wanted is None else _logprobs(sampled, column_of[id(sequence)], len(new), wanted)
-            deltas.append(TokenDelta(sequence.request_id, sequence.index, tuple(new), logprobs, sequence.finish_reason))
+            wanted, column = sequence.params.params.logprobs, column_of[id(sequence)]
+            error = None
+            if id(sequence) in bad:
+                good = int(np.isnan(sampled.logprobs_R[: len(new), column]).argmax())
+                if np.isnan(sampled.logprobs_R[: len(new), column]).any():
+                    new, error = new[:good], "the model's logits for the next token are not numbers"
+            logprobs = None if wanted is None else _logprobs(sampled, column, len(new), wanted)
+            if error:
+                deltas.append(self._fail(sequence, tuple(new), logprobs, error))
+                continue
+            deltas.append(
+                TokenDelta(
+                    sequence.request_id,
+                    sequence.index,
+                    tuple(new),
+                    logprobs,
+                    sequence.finish_reason,
+                    prompt_logprobs=_taken(sequence),
+                )
+            )
             if sequence.finish_reason:
                 self._forget(sequence)
         return deltas
+
+    def _fail(
+        self, sequence: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None, error: str
+    ) -> TokenDelta:
+        """Ends one sequence with an error; the others go on."""
+        self._scheduler.end(sequence.request_id, sequence.index, "error")
+        self._forget(sequence)
+        return TokenDelta(sequence.request_id, sequence.index, tokens, logprobs, "error", error)
+
+    def _store_scored(self, rows: ScoredRows, sampled: Sampled) -> None:
+        sampling: SequenceSampling = rows.seq.params
+        for position, column in enumerate(rows.columns.tolist(), rows.start + 1):
+            (found,) = _logprobs(sampled, column, 1, sampling.params.prompt_logprobs)
+            sampling.prompt_logprobs[position] = found
 
     def _forget(self, sequence: Sequence) -> None:
         sequences = self._sequences.get(sequence.request_id)
@@ -312,6 +431,12 @@ class Engine:
         self._sequences.clear()
         self._in_flight.clear()
         return [TokenDelta(s.request_id, s.index, (), None, "error", self._dead) for s in unfinished]
+
+
+def _taken(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """The prompt's log-probabilities, once."""
+    found, sequence.params.prompt_logprobs = sequence.params.prompt_logprobs, None
+    return None if found is None else tuple(found)
 
 
 def _logprobs(sampled: Sampled, column: int, n_tokens: int, wanted: int) -> tuple[TokenLogprob, ...]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..attention import choose_backend
 from ..checkpoint import CheckpointSource
 from ..config import LlamaConfig
-from ..errors import EngineError, RequestError, ShardedLlamaError
+from ..errors import RequestError, ShardedLlamaError
 from ..mesh import broadcast_from_main, default_mesh
 from ..model import xfmr
 from ..sampling import SamplingParams
@@ -27,7 +27,7 @@ from ..weights import init_weights
 from .engine import Engine, TokenDelta
 from .loading import LoadedModel, check_dtype, encode_text, load_model
 from .options import EngineOptions
-from .outputs import Answer, CompletionOutput, Logprob, Prompt, RequestOutput, StreamEvent
+from .outputs import Answers, Prompt, RequestOutput, StreamEvent, from_plain, to_plain
 
 Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
 
@@ -64,9 +64,15 @@ class Stream:
     """
 
     def __init__(self, llm: "LLM", requests: list[Request]):
+        """Raises RequestError for what cannot be streamed; nothing is run before the iteration."""
         self.prompt_token_ids = [r.token_ids for r in requests]
         self.timings = Timings(prompt_tokens=sum(len(r.token_ids) for r in requests))
-        self._events = self._run(llm, requests)
+        self._requests, self._answers = requests, llm._answers(requests, streamed=True)
+        self._events = llm._run(requests, self._answers, self.timings, self)
+
+    def outputs(self) -> list[RequestOutput]:
+        """The answers as `generate` gives them, as far as they have come; in process 0 alone."""
+        return _outputs(self._requests, self._answers)
 
     def close(self) -> None:
         """Aborts what is not finished. A stream that is not iterated to its end does so when nothing refers to it."""
@@ -74,11 +80,6 @@ class Stream:
 
     def __iter__(self) -> Iterator[StreamEvent]:
         return self._events
-
-    def _run(self, llm: "LLM", requests: list[Request]) -> Iterator[StreamEvent]:
-        answers = [[Answer(i, llm.tokenizer) for i in range(r.params.n)] for r in requests]
-        for number, delta in llm._run(requests, self.timings, self):
-            yield answers[number][delta.index].event(number, delta)
 
 
 class LLM:
@@ -158,6 +159,7 @@ class LLM:
                 self.weights,
                 self.options,
                 attention=self.backend,
+                tokenizer=self.tokenizer,
             )
         return self._engine
 
@@ -275,32 +277,35 @@ class LLM:
             )
         return [Request(*request) for request in zip(prompts, token_ids, params, strict=True)]
 
+    def _answers(self, requests: list[Request], streamed: bool) -> list[Answers]:
+        """Where the answers to each request are collected. Raises RequestError for what cannot be collected."""
+        return [
+            Answers(r.token_ids, r.params, self.tokenizer, self.config.eos_ids, streamed=streamed, request=number)
+            for number, r in enumerate(requests)
+        ]
+
     def _answer(self, requests: list[Request]) -> list[RequestOutput]:
         """Runs requests to their end. Every process returns the same answers."""
-        answers = [[Answer(i, self.tokenizer) for i in range(r.params.n)] for r in requests]
+        answers = self._answers(requests, streamed=False)
         timings = Timings()
         bar = tqdm(total=len(requests), desc="answering", unit="prompt", disable=None if self.progress else True)
-        unfinished = [r.params.n for r in requests]
         with bar:
-            for number, delta in self._run(requests, timings):
-                answers[number][delta.index].add(delta)
-                unfinished[number] -= delta.finish_reason is not None
-                if not unfinished[number] and delta.finish_reason is not None:
+            for event in self._run(requests, answers, timings):
+                if event.finish_reason is not None and not answers[event.request].n_unfinished:
                     bar.set_postfix_str(f"{timings.tokens_per_s:.1f} tokens/s", refresh=False)
                     bar.update()
-        outputs = [tuple(a.output() for a in of_request) for of_request in answers]
-        if jax.process_count() > 1:
-            plain = broadcast_from_main(lambda: [[_to_json(o) for o in of_request] for of_request in outputs])
-            outputs = [tuple(map(_from_json, of_request)) for of_request in plain]
+        if jax.process_count() == 1:
+            return _outputs(requests, answers)
+        plain = broadcast_from_main(lambda: [to_plain(output) for output in _outputs(requests, answers)])
         return [
-            RequestOutput(str(number), r.prompt, tuple(r.token_ids), outs)
-            for number, (r, outs) in enumerate(zip(requests, outputs, strict=True))
+            from_plain(p, str(number), r.prompt, r.token_ids)
+            for number, (p, r) in enumerate(zip(plain, requests, strict=True))
         ]
 
     def _run(
-        self, requests: list[Request], timings: Timings, stream: Stream | None = None
-    ) -> Iterator[tuple[int, TokenDelta]]:
-        """Yields the deltas of requests with their numbers. Several such runs may be under way in turns."""
+        self, requests: list[Request], answers: list[Answers], timings: Timings, stream: Stream | None = None
+    ) -> Iterator[StreamEvent]:
+        """Yields what the answers get, until all have ended. Several such runs may be under way in turns."""
         engine = self.engine
         several = jax.process_count() > 1
         open_run, self._open_run = self._open_run, stream
@@ -315,12 +320,12 @@ class LLM:
         first = self._n_requests
         self._n_requests += len(requests)
         numbers = {str(first + i): i for i in range(len(requests))}
-        unfinished = sum(r.params.n for r in requests)
+        unfinished = sum(r.params.n_sequences for r in requests)
         mailbox: collections.deque[TokenDelta] = collections.deque()
         try:
             for request_id, i in numbers.items():
                 self._mailboxes[request_id] = mailbox
-                engine.add_request(request_id, requests[i].token_ids, requests[i].params)
+                engine.add_request(request_id, requests[i].token_ids, answers[i].engine_params)
             while unfinished:
                 for delta in engine.step() if not mailbox else ():
                     if delta.request_id in self._mailboxes:
@@ -329,12 +334,16 @@ class LLM:
                 timings.total_s = time.perf_counter() - start - timings.compile_s
                 while mailbox:
                     delta = mailbox.popleft()
-                    if delta.error:
-                        raise EngineError(delta.error)
+                    event = answers[numbers[delta.request_id]].add(delta)
+                    if event is None:  # it came after a stop string
+                        continue
+                    if event.finish_reason is not None:
+                        unfinished -= 1
+                        if delta.finish_reason is None:
+                            engine.end(delta.request_id, delta.index)
                     timings.first_token_s = timings.first_token_s or timings.total_s
-                    timings.new_tokens += len(delta.token_ids)
-                    unfinished -= delta.finish_reason is not None
-                    yield numbers[delta.request_id], delta
+                    timings.new_tokens += len(event.token_ids)
+                    yield event
         except ShardedLlamaError as error:
             failure = error
             raise
@@ -363,18 +372,11 @@ def _tell_others(failure: Exception | None) -> None:
         broadcast_from_main(outcome)
 
 
-def _to_json(output: CompletionOutput) -> dict[str, Any]:
-    plain = dataclasses.asdict(output)
-    if output.logprobs is not None:
-        plain["logprobs"] = [[[t, *dataclasses.astuple(p)] for t, p in of.items()] for of in output.logprobs]
-    return plain
-
-
-def _from_json(plain: dict[str, Any]) -> CompletionOutput:
-    logprobs = plain["logprobs"]
-    if logprobs is not None:
-        logprobs = tuple({t: Logprob(*rest) for t, *rest in of_token} for of_token in logprobs)
-    return CompletionOutput(**plain | {"token_ids": tuple(plain["token_ids"]), "logprobs": logprobs})
+def _outputs(requests: list[Request], answers: list[Answers]) -> list[RequestOutput]:
+    return [
+        RequestOutput(str(number), r.prompt, tuple(r.token_ids), of_request.outputs(), of_request.prompt_logprobs)
+        for number, (r, of_request) in enumerate(zip(requests, answers, strict=True))
+    ]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -138,4 +138,4 @@ def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: Eng
         kv_dtype=options.kv_cache_dtype,
     )
     trial.compile_largest()
-    return trial.temporary_bytes()
+    return trial.other_bytes()

@@ -1,6 +1,7 @@
 """What callers get: answers in the shape of vLLM's, whole or as they come."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,15 +140,18 @@ class Answers:
         """The n answers, as far as they are. Of more than n the most likely ones, the most likely first."""
         outputs = [answer.output() for answer in self._answers]
         if self._chooses:
-            best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)[: self.params.n]
-            outputs = [dataclasses.replace(output, index=index) for index, output in enumerate(best)]
-            if self.params.logprobs is None:
-                outputs = [dataclasses.replace(output, logprobs=None) for output in outputs]
+            best = sorted(outputs, key=_likelihood, reverse=True)[: self.params.n]
+            changes = {"logprobs": None} if self.params.logprobs is None else {}
+            outputs = [dataclasses.replace(output, index=index, **changes) for index, output in enumerate(best)]
         return tuple(outputs)
 
     @property
     def _chooses(self) -> bool:
         return self.params.n_sequences > self.params.n
+
+
+def _likelihood(output: CompletionOutput) -> float:
+    return -math.inf if output.cumulative_logprob is None else output.cumulative_logprob
 
 
 class _Answer:

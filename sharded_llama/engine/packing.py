@@ -1,31 +1,61 @@
 """From the scheduler's plan to the arrays that the device takes."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..constraints import RowMask
 from ..kv_cache import PAGE_SIZE
-from ..sampling import SamplingParams, pack_rows
+from ..sampling import Mode, SamplingParams, mode_of, pack_rows
+from ..sampling.entropy_settings import pack_settings
+from ..sampling.slots import pack_known, pack_slot
 from .options import Sizes
-from .runner import PAGE_COPIES, TABLE_CHANGES, Work
+from .runner import PAGE_COPIES, SLOT_CHANGES, TABLE_CHANGES, Work
 from .scheduler import Chunk, Plan
+from .sequence import Sequence
 from .steps import FROM_SLOT, Column, StepShape, pack_params
+
+
+@dataclasses.dataclass(eq=False)
+class SequenceSampling:
+    """What the engine knows of a sequence beside the scheduler, as its `Sequence.params`."""
+
+    params: SamplingParams  # with a seed
+    mask: RowMask | None = None
+    prompt_logprobs: list[Any] | None = None  # by position, as they come
+
+
+class ScoredRows(NamedTuple):
+    """Rows that stand for prompt tokens: what follows them is known, and its probability is wanted."""
+
+    seq: Sequence
+    start: int  # position of the first
+    columns: np.ndarray
 
 
 class Packed(NamedTuple):
     works: list[Work]  # to be executed in this order; the last one has the rows
     columns: np.ndarray  # for each sequence of `plan.rows`, its row among those of the last work
+    scored: list[ScoredRows]
+    masked: list[Sequence]  # those that sample under a mask that their last token decides: see `Packer.masks`
 
 
 class Packer:
     """Keeps what does not change from step to step: the sampling parameters of the sequence in each slot."""
 
-    def __init__(self, sizes: Sizes, n_shards: int, n_pages: int):
-        self.sizes, self.n_shards, self.n_pages = sizes, n_shards, n_pages
-        self._params = np.zeros((n_shards, sizes.slots, Column.COUNT - Column.TEMPERATURE), np.int32)
-        self._plain = np.ones((n_shards, sizes.slots), bool)  # greedy, and asks for no other tokens' probabilities
+    def __init__(self, sizes: Sizes, n_shards: int, n_pages: int, vocab_size: int):
+        self.sizes, self.n_shards, self.n_pages, self.vocab_size = sizes, n_shards, n_pages, vocab_size
+        self._params = np.zeros((n_shards, sizes.slots, Column.COUNT - Column.TOP_K), np.int32)
+        self._mode = np.zeros((n_shards, sizes.slots), np.int32)
+        self._is_set = np.zeros((n_shards, sizes.slots), bool)  # the slot's mask, biases and so on are not neutral
+        self._switching: list[Sequence] = []  # their mask changes when they have some tokens
+        self._neutral = pack_slot(vocab_size)
 
     def pack(self, plan: Plan) -> Packed:
+        slots, known = self._place(plan)
+        slots += self._switched(plan)
         counts = [[self._rows_of(chunk) for chunk in chunks] for chunks in plan.chunks]
         shape = self.sizes.shape_for(
             max(len(d) + sum(s for s, _ in c) for d, c in zip(plan.decode, counts, strict=True)),
@@ -34,29 +64,106 @@ class Packer:
         rows = np.zeros((self.n_shards, shape.n_rows, Column.COUNT), np.int32)
         rows[:, :, Column.SLOT] = self.sizes.slots
         tokens = np.zeros((self.n_shards, shape.n_blocks * shape.block), np.int32)
-        columns, plain = [], True
+        columns, scored, mode = [], [], Mode.GREEDY
         for shard in range(self.n_shards):
-            sampling = self._fill(shard, plan, shape, rows[shard], tokens[shard])
+            sampling, of_shard = self._fill(shard, plan, shape, rows[shard], tokens[shard])
             columns.append(shard * shape.n_rows + sampling)
-            plain = plain and bool(self._plain[shard, rows[shard, sampling, Column.SLOT]].all())
-        work = Work(shape, plan.n_steps, plain, rows.reshape(-1, Column.COUNT), tokens.reshape(-1, max(1, shape.block)))
-        *changes, last = self._changes(plan) or [None]
+            scored += [s._replace(columns=shard * shape.n_rows + s.columns) for s in of_shard]
+            looked_at = [sampling, *(s.columns for s in of_shard)]
+            slots_of_rows = rows[shard, np.concatenate(looked_at), Column.SLOT]
+            mode = max(mode, Mode(self._mode[shard, slots_of_rows].max(initial=0)))
+        masked = [seq for seq in plan.rows if _has_dynamic_mask(seq)]
+        work = Work(
+            shape,
+            plan.n_steps,
+            mode,
+            rows.reshape(-1, Column.COUNT),
+            tokens.reshape(-1, max(1, shape.block)),
+            chooses=not masked,
+        )
+        *changes, last = self._changes(plan, slots, known) or [None]
         if last is not None:  # the last changes go with the rows
-            work = work._replace(tables_U3=last.tables_U3, copies_C2=last.copies_C2)
-        return Packed([*changes, work], np.concatenate(columns))
+            names = ("tables_U3", "copies_C2", "slots_UX", "known_UX")
+            work = work._replace(**{name: getattr(last, name) for name in names})
+        return Packed([*changes, work], np.concatenate(columns), scored, masked)
+
+    def masks(self, masks: Seq[tuple[Sequence, np.ndarray]]) -> list[Work]:
+        """What ends a step with masked rows: their masks, uint32 words of the vocabulary, and the choice."""
+        slots = [self._slot_change(seq, mask) for seq, mask in masks]
+        *changes, last = [Work(slots_UX=group) for group in self._grouped_slots(slots)] or [Work()]
+        return [*changes, last._replace(chooses=True)]
+
+    def _place(self, plan: Plan) -> tuple[list[tuple], list[tuple]]:
+        """Notes the parameters of sequences that got a slot. Returns changes of slots, and of counts."""
+        slots, known = [], []
+        for seq in plan.placed:
+            if seq.slot < 0:  # it has lost it again
+                continue
+            sampling: SequenceSampling = seq.params
+            params, at = sampling.params, (seq.shard, seq.slot)
+            self._params[at] = pack_params(pack_rows([params]))[0]
+            self._mode[at] = mode_of(params)
+            is_set = bool(sampling.mask or params.logit_bias or params.entropy)
+            if is_set or self._is_set[at]:
+                mask = None
+                if sampling.mask is not None and not sampling.mask.is_dynamic:
+                    generated = seq.tokens[len(seq.prompt) :]
+                    mask = sampling.mask.mask(generated)
+                    if len(generated) < sampling.mask.switch_at and seq not in self._switching:
+                        self._switching.append(seq)
+                slots.append(self._slot_change(seq, mask))
+            self._is_set[at] = is_set
+            if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+                known += [(seq.shard, c) for c in pack_known(seq.slot, seq.prompt, seq.tokens[len(seq.prompt) :])]
+        return slots, known
+
+    def _switched(self, plan: Plan) -> list[tuple]:
+        """Changes of slots whose sequences' masks are different from this step on."""
+        if not self._switching:
+            return []
+        changes, rows = [], set(plan.rows)
+        for seq in list(self._switching):
+            if seq.finish_reason is not None:
+                self._switching.remove(seq)
+            elif seq in rows:
+                mask: RowMask = seq.params.mask
+                n_before = len(seq.tokens) + seq.n_pending - 1 - len(seq.prompt)  # generated when this step samples
+                if n_before >= mask.switch_at:
+                    changes.append(self._slot_change(seq, mask.mask([0] * n_before)))
+                    seq.one_by_one = False
+                    self._switching.remove(seq)
+        return changes
+
+    def _slot_change(self, seq: Sequence, mask_W: np.ndarray | None) -> tuple[int, np.ndarray]:
+        """A slot with all that is kept of it, behind the number of its shard."""
+        params: SamplingParams = seq.params.params
+        entropy_E = None if params.entropy is None else pack_settings(params.entropy)
+        settings = pack_slot(self.vocab_size, mask_W, params.logit_bias, entropy_E)
+        return seq.shard, np.concatenate([[seq.slot], settings]).astype(np.int32)
+
+    def _grouped_slots(self, changes: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        """Changes of slots as arrays (data * U, X), as few as hold them all."""
+        if not changes:
+            return []
+        most = max(sum(shard == s for s, _ in changes) for shard in range(self.n_shards))
+        size = min(SLOT_CHANGES, self.sizes.slots) if most <= SLOT_CHANGES else self.sizes.slots
+        return _grouped_arrays(changes, self.n_shards, size, np.concatenate([[self.sizes.slots], self._neutral]))
 
     def _rows_of(self, chunk: Chunk) -> tuple[int, int]:
         """How many rows of one token and of a block of tokens a chunk takes."""
         n = len(chunk.tokens)
-        return (n, 0) if n == 1 or self.sizes.block == 1 else (0, -(-n // self.sizes.block))
+        return (n, 0) if n == 1 or chunk.scored or self.sizes.block == 1 else (0, -(-n // self.sizes.block))
 
-    def _fill(self, shard: int, plan: Plan, shape: StepShape, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Fills one shard's rows (R, X) and tokens. Returns the rows that sample: decoding ones, then chunks'."""
+    def _fill(
+        self, shard: int, plan: Plan, shape: StepShape, rows: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, list[ScoredRows]]:
+        """Fills one shard's rows (R, X) and tokens. Returns the rows that sample, decoding ones, then chunks', and the
+        rows of prompts that are scored.
+        """
         decode = plan.decode[shard]
         n, first_block = len(decode), 0
-        sampling = list(range(n))
+        sampling, scored = list(range(n)), []
         for chunk in plan.chunks[shard]:
-            self._set_slot(shard, chunk.seq.slot, chunk.seq.params)
             n_single, n_blocks = self._rows_of(chunk)
             if n_single:
                 at = slice(n, n + n_single)
@@ -73,7 +180,11 @@ class Packer:
             rows[at, Column.SLOT] = chunk.seq.slot
             if self.sizes.run_length > 1:
                 rows[at, Column.RUN_PLACE] = first % self.sizes.run_length
-            rows[at, Column.TEMPERATURE :] = self._params[shard, chunk.seq.slot]
+            rows[at, Column.TOP_K :] = self._params[shard, chunk.seq.slot]
+            if chunk.scored:
+                following = chunk.seq.prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
+                rows[at.start : at.start + len(following), Column.FORCED] = np.array(following, np.int32) + 1
+                scored.append(ScoredRows(chunk.seq, chunk.start, np.arange(at.start, at.start + len(following))))
             if chunk.last:
                 rows[at.stop - 1, Column.SAMPLES] = 1
                 sampling.append(at.stop - 1)
@@ -88,22 +199,28 @@ class Packer:
             if plan.n_steps > 1:
                 n_pages = np.fromiter((len(s.pages) for s in decode), np.int32, len(decode))
                 rows[at, Column.LIMIT] = n_pages * PAGE_SIZE
-            rows[at, Column.TEMPERATURE :] = self._params[shard, slots]
-        return np.array(sampling, np.int64)
+            rows[at, Column.TOP_K :] = self._params[shard, slots]
+        return np.array(sampling, np.int64), scored
 
-    def _set_slot(self, shard: int, slot: int, params: SamplingParams) -> None:
-        self._params[shard, slot] = pack_params(pack_rows([params]))[0]
-        self._plain[shard, slot] = params.temperature == 0 and not params.logprobs
+    def _changes(self, plan: Plan, slots: list[tuple], known: list[tuple]) -> list[Work]:
+        """Changes of tables, pages, slots and counts, as many calls as they take."""
+        none = pack_known(self.sizes.slots, (), ())[0]
+        groups: list[list[Any]] = [
+            _grouped(plan.table_updates, self.n_shards, TABLE_CHANGES, (self.sizes.slots, 0, 0)),
+            _grouped(plan.copies, self.n_shards, PAGE_COPIES, (0, self.n_pages)),
+            self._grouped_slots(slots),
+            _grouped_arrays(known, self.n_shards, 1, none) if known else [],
+        ]
+        n_calls = max(map(len, groups))
+        groups = [g + [None] * (n_calls - len(g)) for g in groups]
+        return [
+            Work(tables_U3=tables, copies_C2=copies, slots_UX=of_slots, known_UX=of_counts)
+            for tables, copies, of_slots, of_counts in zip(*groups, strict=True)
+        ]
 
-    def _changes(self, plan: Plan) -> list[Work]:
-        """Changes of tables and pages, as many calls as they take."""
-        tables = _grouped(plan.table_updates, self.n_shards, TABLE_CHANGES, (self.sizes.slots, 0, 0))
-        copies = _grouped(plan.copies, self.n_shards, PAGE_COPIES, (0, self.n_pages))
-        none = np.zeros((0, 0), np.int32)
-        n_calls = max(len(tables), len(copies))
-        tables += [None] * (n_calls - len(tables))
-        copies += [None] * (n_calls - len(copies))
-        return [Work(None, 0, True, none, none, *changes) for changes in zip(tables, copies, strict=True)]
+
+def _has_dynamic_mask(seq: Sequence) -> bool:
+    return seq.params is not None and seq.params.mask is not None and seq.params.mask.is_dynamic
 
 
 def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int, ...]) -> list[np.ndarray | None]:
@@ -119,5 +236,20 @@ def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int,
             part = of_shard[first : first + size]
             if part:
                 group[shard, : len(part)] = part
+        groups.append(group.reshape(n_shards * size, -1))
+    return groups
+
+
+def _grouped_arrays(
+    changes: list[tuple[int, np.ndarray]], n_shards: int, size: int, nothing: np.ndarray
+) -> list[np.ndarray]:
+    """Rows (X,) behind the number of their shard as arrays (n_shards * size, X), in order, as few as hold them all."""
+    by_shard = [[row for of, row in changes if of == shard] for shard in range(n_shards)]
+    groups = []
+    for first in range(0, max(map(len, by_shard)), size):
+        group = np.tile(nothing.astype(np.int32), (n_shards, size, 1))
+        for shard, of_shard in enumerate(by_shard):
+            for i, row in enumerate(of_shard[first : first + size]):
+                group[shard, i] = row
         groups.append(group.reshape(n_shards * size, -1))
     return groups

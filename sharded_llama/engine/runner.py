@@ -1,6 +1,7 @@
 """The compiled steps of one engine and the state that they work on: what every process of a run executes alike."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,28 +16,47 @@ from tqdm import tqdm
 
 from ..config import LlamaConfig
 from ..kv_cache import KVPages, pages_layout
-from ..sampling import Sampled
+from ..sampling import Mode, Sampled
+from ..sampling.slots import KNOWN_TOKENS, SlotSampling, abstract_slots, new_slots, pack_slot
 from ..sharding import DATA, named_sharding, put
 from ..weights import XfmrWeights, abstract_weights
 from .options import Sizes
-from .steps import Column, DeviceState, StepShape, choose, copy_pages, decode_several, forward, set_tables
+from .steps import (
+    Column,
+    DeviceState,
+    StepShape,
+    change_slots,
+    choose,
+    copy_pages,
+    count_known,
+    decode_several,
+    forward,
+    set_tables,
+)
 
 TABLE_CHANGES, PAGE_COPIES = 256, 16  # entries of each data shard that one call changes
+SLOT_CHANGES = 8  # slots of each data shard that one call sets; or all of them
+# XLA's loops ask the host after every round unless they are part of a CUDA graph, which they are not by default.
+LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"}
 
 
 class Work(NamedTuple):
     """What the device is to do next, as host arrays: the same in every process.
 
-    Global arrays, the data shards' parts one after the other. Without rows only the tables and pages are changed.
+    Global arrays, the data shards' parts one after the other. Changes come first, then rows. Without rows there are only
+    changes, and `chooses` ends a step whose rows came with chooses=False: what they allow was not known yet.
     """
 
-    shape: StepShape | None
-    n_steps: int
-    greedy: bool  # no row needs more than the most likely token
-    rows_RX: np.ndarray  # int32, (data * R, Column.COUNT)
-    tokens_CQ: np.ndarray  # int32, (data * C, Q)
+    shape: StepShape | None = None
+    n_steps: int = 0
+    mode: Mode = Mode.GREEDY
+    rows_RX: np.ndarray | None = None  # int32, (data * R, Column.COUNT)
+    tokens_CQ: np.ndarray | None = None  # int32, (data * C, Q)
     tables_U3: np.ndarray | None = None  # int32, (data * TABLE_CHANGES, 3)
     copies_C2: np.ndarray | None = None  # int32, (data * PAGE_COPIES, 2)
+    slots_UX: np.ndarray | None = None  # int32, (data * U, 1 + pack_slot's), U one of `Runner.slot_changes`
+    known_UX: np.ndarray | None = None  # int32, (data, 2 + KNOWN_TOKENS)
+    chooses: bool = False
 
 
 class Runner:
@@ -60,7 +80,11 @@ class Runner:
         self.compile_s = 0.0  # of all executables, one after the other
         self._abstract_weights = abstract_weights(config, mesh)
         self._abstract_pages = KVPages.abstract(config, mesh, n_pages, kv_dtype)
+        padded_size = self._abstract_weights.tok_embeddings.shape[0]
+        self._abstract_sampling = abstract_slots(mesh, sizes.slots, config.vocab_size, padded_size)
+        self.slot_changes = sorted({min(SLOT_CHANGES, sizes.slots), sizes.slots})
         self.state: DeviceState | None = None
+        self._forwarded: tuple | None = None  # logits that wait to be chosen from
 
     def compile_all(self, progress: bool = True) -> None:
         """Compiles every step that can be asked for, several at a time."""
@@ -76,10 +100,10 @@ class Runner:
         """Compiles the forward pass and the sampler of the largest step alone."""
         shape = max(self.sizes.shapes, key=lambda s: s.n_tokens)
         self._forward(shape)
-        self._choose(shape.n_rows, greedy=False)
+        self._choose(shape.n_rows, max(Mode))
         if self.sizes.decode_steps > 1:
             single = max((s for s in self.sizes.shapes if not s.n_blocks), key=lambda s: s.n_tokens)
-            self._decode_several(single, self.sizes.decode_steps, greedy=False)
+            self._decode_several(single, self.sizes.decode_steps, max(Mode))
 
     def start(self) -> None:
         """Makes the pages and what else stays on the device."""
@@ -88,28 +112,40 @@ class Runner:
             KVPages.new(self.config, self.mesh, self.n_pages, self.kv_dtype),
             self.put(np.full((data * self.sizes.slots, self.table_width), self.n_pages, np.int32)),
             self.put(np.zeros(data * self.sizes.slots, np.int32)),
+            self._new_slots()(),
         )
 
     def execute(self, work: Work) -> Sampled | None:
         """Queues the work on the device; returns what it will have sampled, already on its way to the host."""
-        pages, tables, tokens = self.state
+        pages, tables, tokens, slots = self.state
         if work.tables_U3 is not None:
             tables = self._set_tables()(tables, self.put(work.tables_U3))
         if work.copies_C2 is not None:
             pages = self._copy_pages()(pages, self.put(work.copies_C2))
-        self.state = DeviceState(pages, tables, tokens)
-        if work.shape is None:
-            return None
-        rows = self.put(work.rows_RX)
-        if work.n_steps > 1:
-            run = self._decode_several(work.shape, work.n_steps, work.greedy)
-            sampled, pages, tokens = run(self.weights, pages, tables, tokens, rows)
-        else:
-            run = self._forward(work.shape)
-            chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
-            logits, normalizer, pages = run(self.weights, pages, tables, tokens, rows, chunks)
-            sampled, tokens = self._choose(work.shape.n_rows, work.greedy)(logits, normalizer, tokens, rows)
-        self.state = DeviceState(pages, tables, tokens)
+        if work.slots_UX is not None:
+            n_changes = len(work.slots_UX) // self.mesh.shape[DATA]
+            slots = self._change_slots(n_changes)(slots, self.put(work.slots_UX))
+        if work.known_UX is not None:
+            slots = slots._replace(counts_SV=self._count_known()(slots.counts_SV, self.put(work.known_UX)))
+        sampled = None
+        if work.shape is not None:
+            rows = self.put(work.rows_RX)
+            if work.n_steps > 1:
+                run = self._decode_several(work.shape, work.n_steps, work.mode)
+                given = None if work.mode == Mode.GREEDY else slots
+                sampled, pages, tokens, given = run(self.weights, pages, tables, tokens, given, rows)
+                slots = slots if given is None else given
+            else:
+                run = self._forward(work.shape)
+                chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
+                logits, normalizer, pages = run(self.weights, pages, tables, tokens, rows, chunks)
+                self._forwarded = (work.shape.n_rows, work.mode, logits, normalizer, rows)
+        if work.chooses and work.n_steps <= 1:
+            (n_rows, mode, logits, normalizer, rows), self._forwarded = self._forwarded, None
+            given = None if mode == Mode.GREEDY else slots
+            sampled, tokens, given = self._choose(n_rows, mode)(logits, normalizer, tokens, given, rows)
+            slots = slots if given is None else given
+        self.state = DeviceState(pages, tables, tokens, slots)
         for x in jax.tree.leaves(sampled):
             x.copy_to_host_async()
         return sampled
@@ -119,9 +155,13 @@ class Runner:
         """Number of executables made so far."""
         return len(self._compiled)
 
-    def temporary_bytes(self) -> int:
-        """Most bytes that any compiled step takes on a device beside weights and pages."""
-        return max(_beside(key, compiled.memory_analysis()) for key, compiled in self._compiled.items())
+    def other_bytes(self) -> int:
+        """Most bytes that any compiled step takes on a device beside weights and pages, and what is kept of slots."""
+        temporaries = max(_beside(key, compiled.memory_analysis()) for key, compiled in self._compiled.items())
+        kept = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self._abstract_sampling)
+        )
+        return temporaries + kept
 
     def put(self, array: np.ndarray) -> jax.Array:
         """A host array, the same in every process, split over `data`."""
@@ -130,16 +170,17 @@ class Runner:
     def _all_jobs(self) -> list[Callable[[], Any]]:
         sizes = self.sizes
         jobs: list[Callable[[], Any]] = [functools.partial(self._forward, s) for s in reversed(sizes.shapes)]
-        for greedy in (True, False):
+        for mode in Mode:
             if sizes.decode_steps > 1:
                 single = [s for s in sizes.shapes if not s.n_blocks]
-                jobs += [functools.partial(self._decode_several, s, sizes.decode_steps, greedy) for s in single]
-            jobs += [functools.partial(self._choose, n, greedy) for n in sorted({s.n_rows for s in sizes.shapes})]
-        return [*jobs, self._set_tables, self._copy_pages]
+                jobs += [functools.partial(self._decode_several, s, sizes.decode_steps, mode) for s in single]
+            jobs += [functools.partial(self._choose, n, mode) for n in sorted({s.n_rows for s in sizes.shapes})]
+        jobs += [functools.partial(self._change_slots, n) for n in self.slot_changes]
+        return [*jobs, self._count_known, self._set_tables, self._copy_pages]
 
     def _forward(self, shape: StepShape) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:
-            state = DeviceState(pages, tables, tokens)
+            state = DeviceState(pages, tables, tokens, None)
             return forward(weights, state, rows, chunks, run_length=self.sizes.run_length, **self._static)
 
         args = (
@@ -152,25 +193,48 @@ class Runner:
         out = (self._sharding("last_logits"), self._sharding("tokens"), pages_layout(self._abstract_pages))
         return self._compile(("forward", shape), run, args, donate=(1,), out=out)
 
-    def _choose(self, n_rows: int, greedy: bool) -> Any:
+    def _choose(self, n_rows: int, mode: Mode) -> Any:
         vocab = self._abstract_weights.tok_embeddings.shape[0]
         acc = jnp.promote_types(self.config.jnp_dtype, jnp.float32)
         data = self.mesh.shape[DATA]
         logits = jax.ShapeDtypeStruct((data * n_rows, vocab), acc, sharding=self._sharding("last_logits"))
-        args = (logits, self._array((n_rows,), acc), self._abstract_slots()[1], self._rows(n_rows))
-        run = functools.partial(choose, config=self.config, mesh=self.mesh, greedy=greedy)
-        out = (self._sharding("replicated"), self._sharding("tokens"))
-        return self._compile(("choose", n_rows, greedy), run, args, donate=(2,), out=out)
+        tokens, slots = self._abstract_slots()[1], self._sampling_of(mode)
+        args = (logits, self._array((n_rows,), acc), tokens, slots, self._rows(n_rows))
+        run = functools.partial(choose, config=self.config, mesh=self.mesh, mode=mode)
+        out = (self._sharding("replicated"), self._sharding("tokens"), _shardings(slots))
+        return self._compile(("choose", n_rows, mode), run, args, donate=(2, 3), out=out)
 
-    def _decode_several(self, shape: StepShape, n_steps: int, greedy: bool) -> Any:
-        def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any) -> tuple:
-            state = DeviceState(pages, tables, tokens)
-            sampled, state = decode_several(weights, state, rows, n_steps=n_steps, greedy=greedy, **self._static)
-            return sampled, state.pages, state.tokens_S
+    def _decode_several(self, shape: StepShape, n_steps: int, mode: Mode) -> Any:
+        def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, slots: Any, rows: Any) -> tuple:
+            state = DeviceState(pages, tables, tokens, slots)
+            sampled, state = decode_several(weights, state, rows, n_steps=n_steps, mode=mode, **self._static)
+            return sampled, state.pages, state.tokens_S, state.slots
 
-        args = (self._abstract_weights, self._abstract_pages, *self._abstract_slots(), self._rows(shape.n_rows))
-        out = (self._sharding("replicated"), pages_layout(self._abstract_pages), self._sharding("tokens"))
-        return self._compile(("decode_several", shape, n_steps, greedy), run, args, donate=(1, 3), out=out)
+        slots = self._sampling_of(mode)
+        args = (self._abstract_weights, self._abstract_pages, *self._abstract_slots(), slots, self._rows(shape.n_rows))
+        of_pages = pages_layout(self._abstract_pages)
+        out = (self._sharding("replicated"), of_pages, self._sharding("tokens"), _shardings(slots))
+        return self._compile(("decode_several", shape, n_steps, mode), run, args, donate=(1, 3, 4), out=out)
+
+    def _sampling_of(self, mode: Mode) -> SlotSampling | None:
+        """What the sampler of a mode is given of the slots: a greedy one nothing."""
+        return None if mode == Mode.GREEDY else self._abstract_sampling
+
+    def _new_slots(self) -> Any:
+        run = functools.partial(new_slots, self._abstract_sampling)
+        return self._compile(("new_slots",), run, (), donate=(), out=_shardings(self._abstract_sampling))
+
+    def _change_slots(self, n_changes: int) -> Any:
+        width = 1 + len(pack_slot(self.config.vocab_size))
+        args = (self._abstract_sampling, self._array((n_changes, width)))
+        run = functools.partial(change_slots, mesh=self.mesh)
+        return self._compile(("change_slots", n_changes), run, args, donate=(0,), out=_shardings(args[0]))
+
+    def _count_known(self) -> Any:
+        counts = self._abstract_sampling.counts_SV
+        args = (counts, self._array((1, 2 + KNOWN_TOKENS)))
+        run = functools.partial(count_known, mesh=self.mesh)
+        return self._compile(("count_known",), run, args, donate=(0,), out=counts.sharding)
 
     def _set_tables(self) -> Any:
         args = (self._abstract_slots()[0], self._array((TABLE_CHANGES, 3)))
@@ -205,14 +269,20 @@ class Runner:
             # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
             start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
-            self._compiled[key] = jitted.lower(*args).compile()
+            on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+            loops = LOOPS_ON_DEVICE if on_gpu and key[0] == "choose" else None
+            self._compiled[key] = jitted.lower(*args).compile(compiler_options=loops)
             seconds = time.perf_counter() - start
             self.compile_s += seconds
             logging.vlog(1, "compiled %s: %.1f s", key, seconds)
         return self._compiled[key]
 
 
+def _shardings(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, arrays)
+
+
 def _beside(key: tuple, memory: Any) -> int:
     """Bytes of an executable's temporaries and of logits: those that it makes or takes, and those of another step."""
-    logits = memory.argument_size_in_bytes if key[0] == "choose" else 0
+    logits = memory.argument_size_in_bytes - memory.alias_size_in_bytes if key[0] == "choose" else 0
     return memory.temp_size_in_bytes + 2 * (logits + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes))

@@ -63,6 +63,7 @@ class Chunk(NamedTuple):
     start: int
     tokens: list[int]  # at most max_blocks * block
     last: bool
+    scored: bool = False  # a row for each token, and what follows each is looked at
 
 
 class Plan(NamedTuple):
@@ -80,6 +81,7 @@ class Plan(NamedTuple):
     n_tokens: list[int]  # of each row: sampled tokens that count, at most n_steps; what comes after them is dropped
     table_updates: list[tuple[int, int, int, int]]  # shard, slot, index, page: no two for the same entry
     copies: list[tuple[int, int, int]]  # shard, source page, target page
+    placed: list[Sequence]  # those that got a slot
 
 
 class SchedulerStats(NamedTuple):
@@ -122,6 +124,7 @@ class _Shard:
         self.decoding: list[Sequence] = []  # those whose next token comes from a decode row
         # Running but neither prefilling nor decoding: all that it may generate is scheduled, and is waited for.
         self.blocks_left = 0  # chunk rows that the step being scheduled has room for
+        self.extra_rows = 0  # rows of one token in it beyond one for each running sequence
 
 
 class Scheduler:
@@ -146,6 +149,7 @@ class Scheduler:
         self._computed: list[Sequence] = []  # those with a chunk in the last plan
         self._table_updates: list[tuple[int, int, int, int]] = []  # of the plan in the making
         self._copies: list[tuple[int, int, int]] = []
+        self._placed: list[Sequence] = []
         self._n_added = self._n_plans = self._n_updated = 0
         self._prompt_tokens = self._cached_tokens = self._preemptions = 0
 
@@ -222,6 +226,12 @@ class Scheduler:
         for seq in list(self._requests.get(request_id, {}).values()):
             self._finish(seq, "abort")
 
+    def end(self, request_id: str, index: int, reason: str) -> None:
+        """Ends one unfinished sequence for a reason of the caller's; unknown ones are ignored."""
+        seq = self._requests.get(request_id, {}).get(index)
+        if seq is not None:
+            self._finish(seq, reason)
+
     def schedule(self) -> Plan | None:
         """The next dispatch, or None if nothing can be done before tokens are read or sequences added."""
         # What the last plan computes is in its pages before the next one runs: from now on it can be shared.
@@ -233,6 +243,7 @@ class Scheduler:
         for shard in self._shards:
             room = (self.config.max_batched_tokens - len(shard.decoding)) // self.config.block
             shard.blocks_left = min(self.config.max_blocks, room)
+            shard.extra_rows = 0
         n_steps = self._choose_steps()
         for shard in self._shards:
             self._reserve(shard, n_steps)
@@ -281,7 +292,8 @@ class Scheduler:
         n_steps, page_size = self.config.decode_steps, self.config.page_size
         if n_steps == 1 or self._led or any(shard.prefilling for shard in self._shards):
             return 1
-        if not any(seq.n_computed + 2 < seq.limit for shard in self._shards for seq in shard.decoding):
+        decoding = [seq for shard in self._shards for seq in shard.decoding]
+        if not any(seq.n_computed + 2 < seq.limit for seq in decoding) or any(seq.one_by_one for seq in decoding):
             return 1
         if self._waiting and self._find_place(self._waiting[0]) is not None:
             return 1
@@ -357,11 +369,12 @@ class Scheduler:
 
     def _find_place(self, seq: Sequence) -> tuple[_Shard, list[int]] | None:
         """The shard for a waiting sequence and its cached pages there; None if it cannot run now."""
-        open_shards = [shard for shard in self._shards if shard.free_slots and shard.blocks_left > 0]
+        open_shards = [s for s in self._shards if len(s.free_slots) > s.extra_rows and s.blocks_left > 0]
         if seq.n_pending or not open_shards:
             return None
         # At least the last known token is computed, for its logits.
-        digests = self._digests(seq, (len(seq.tokens) - 1) // self.config.page_size)
+        n_pages = 0 if seq.scores_prompt else (len(seq.tokens) - 1) // self.config.page_size
+        digests = self._digests(seq, n_pages)
         cached = [(shard, shard.pool.match_digests(digests)) for shard in open_shards]
         # A cached prefix saves work once, a crowded shard costs in every step: not beyond a few sequences more.
         few = max(2, self.config.slots_per_shard // 8)
@@ -394,23 +407,29 @@ class Scheduler:
         self._table_updates += [(seq.shard, seq.slot, index, page) for index, page in enumerate(seq.pages)]
         _insert(shard.running, seq)
         _insert(shard.prefilling, seq)
+        self._placed.append(seq)
 
     def _next_chunk(self, shard: _Shard, seq: Sequence) -> Chunk:
         """As much of the sequence's known tokens as the step has room for, at least one row."""
         block, start = self.config.block, seq.n_computed
-        end = min(start + shard.blocks_left * block, len(seq.tokens))
-        shard.blocks_left -= -(-(end - start) // block)
+        scored = seq.scores_prompt
+        if scored and block > 1:
+            end = min(start + 1 + len(shard.free_slots) - shard.extra_rows, len(seq.tokens))
+            shard.extra_rows += end - start - 1
+        else:
+            end = min(start + shard.blocks_left * block, len(seq.tokens))
+            shard.blocks_left -= -(-(end - start) // block)
         seq.n_computed = end
         last = end == len(seq.tokens)
         if last:
-            seq.n_pending = 1
+            seq.n_pending, seq.scores_prompt = 1, False
             _remove(shard.prefilling, seq)
             if end + 1 < seq.limit:
                 _insert(shard.decoding, seq)
             if seq in self._forks:
                 self._led.append(seq)
         self._computed.append(seq)
-        return Chunk(seq, start, seq.tokens[start:end], last)
+        return Chunk(seq, start, seq.tokens[start:end], last, scored)
 
     def _plan(self, n_steps: int, decode: list[list[Sequence]], chunks: list[list[Chunk]]) -> Plan:
         """The plan of what has been chosen; the decode rows' tokens are pending from here on."""
@@ -433,8 +452,9 @@ class Scheduler:
             n_tokens=n_tokens,
             table_updates=self._table_updates,
             copies=self._copies,
+            placed=self._placed,
         )
-        self._table_updates, self._copies = [], []
+        self._table_updates, self._copies, self._placed = [], [], []
         return plan
 
     def _advance(self, shard: _Shard, decoding: list[Sequence], n_steps: int) -> list[int]:

@@ -21,6 +21,8 @@ class Sequence:
     arrival: int = 0  # smaller comes first among equal priorities
     params: Any = None  # of the engine; the scheduler does not look at it
     leader: "Sequence | None" = None  # a sequence of the same prompt, whose computed prompt this one shares
+    one_by_one: bool = False  # its steps are not joined to several of one dispatch
+    scores_prompt: bool = False  # what follows each prompt token is looked at: every one is a row of its own, none cached
 
     tokens: list[int] = dataclasses.field(init=False)  # the prompt and the generated tokens that are known
     finish_reason: str | None = dataclasses.field(init=False, default=None)  # "stop", "length" or "abort"

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from ..config import LlamaConfig
 from ..kv_cache import KVPages
 from ..model import StepRows, xfmr_step
-from ..sampling import RowParams, Sampled, log_normalizer, sample
+from ..sampling import Mode, RowParams, Sampled, log_normalizer, sample
+from ..sampling.slots import SLOT_SPECS, SlotSampling, count_tokens, set_counts, set_slots
 from ..sharding import DATA, SPECS
 from ..weights import XfmrWeights
 
@@ -30,17 +31,22 @@ class Column:
     SLOT = 3  # whose block table it has; unused rows: beyond the slots
     SAMPLES = 4  # 1: the token that follows is sampled and becomes the slot's newest
     LIMIT = 5  # positions that the sequence's pages have room for
-    TEMPERATURE = 6  # float32
+    FORCED = 6  # one more than a token that is taken in place of a choice; 0: none
     TOP_K = 7
-    TOP_P = 8  # float32
-    MIN_P = 9  # float32
-    SEED = 10  # two columns, uint32: high and low word
-    COUNT = 12
+    TEMPERATURE = 8  # float32, as are the next five
+    TOP_P = 9
+    MIN_P = 10
+    PRESENCE = 11
+    FREQUENCY = 12
+    REPETITION = 13
+    SEED = 14  # two columns, uint32: high and low word
+    COUNT = 16
     # LIMIT matters where several steps are run, RUN_PLACE in runs of rows, which exclude one another.
     RUN_PLACE = LIMIT  # the row's number within its run (see `model.StepRows`)
 
 
 FROM_SLOT = -1
+NO_SLOT = 2**31 - 1  # beyond all slots: what is written there is dropped
 
 
 class StepShape(NamedTuple):
@@ -65,6 +71,7 @@ class DeviceState(NamedTuple):
     pages: tuple[KVPages, ...]
     tables_SW: jax.Array  # int32, pages of every slot, P('data'): (data * slots, W)
     tokens_S: jax.Array  # int32, newest token of every slot, P('data')
+    slots: SlotSampling | None  # what sampling keeps of every slot; greedy steps do without
 
 
 def forward(
@@ -126,26 +133,42 @@ def choose(
     logits_RV: jax.Array,
     normalizer_R: jax.Array,
     tokens_S: jax.Array,
+    slots: SlotSampling | None,
     rows_RX: jax.Array,
     *,
     config: LlamaConfig,
     mesh: Mesh,
-    greedy: bool,
-) -> tuple[Sampled, jax.Array]:
-    """The next token of every row with its logarithmic probability, and the slots' newest tokens with them."""
+    mode: Mode,
+) -> tuple[Sampled, jax.Array, SlotSampling | None]:
+    """The next token of every row with its logarithmic probability, and the slots' newest tokens and counts with them."""
     length_R = rows_RX[:, Column.LENGTH]
     positions_R = rows_RX[:, Column.START] + length_R
-    params = None if greedy else row_params(rows_RX)
-    sampled = sample(logits_RV, normalizer_R, params, positions_R, vocab_size=config.vocab_size, mesh=mesh)
-
-    def store(tokens_S: jax.Array, new_R: jax.Array, rows_RX: jax.Array) -> jax.Array:
-        n_slots = tokens_S.shape[0]
-        slot_R = jnp.where(rows_RX[:, Column.SAMPLES] > 0, rows_RX[:, Column.SLOT], n_slots)
-        return tokens_S.at[slot_R].set(new_R, mode="drop")
+    sampled = sample(
+        logits_RV,
+        normalizer_R,
+        row_params(rows_RX),
+        slots,
+        rows_RX[:, Column.SLOT],
+        positions_R,
+        rows_RX[:, Column.FORCED] - 1,
+        mode=mode,
+        vocab_size=config.vocab_size,
+        mesh=mesh,
+    )
 
     specs = SPECS["tokens"]
+    slot_R = jnp.where(rows_RX[:, Column.SAMPLES] > 0, rows_RX[:, Column.SLOT], NO_SLOT)
+
+    def store(tokens_S: jax.Array, slot_R: jax.Array, new_R: jax.Array) -> jax.Array:
+        return tokens_S.at[slot_R].set(new_R, mode="drop")
+
     stored = jax.shard_map(store, mesh=mesh, in_specs=(specs,) * 3, out_specs=specs)
-    return sampled, stored(tokens_S, sampled.tokens_R, rows_RX)
+    tokens_S = stored(tokens_S, slot_R, sampled.tokens_R)
+    if mode != Mode.GREEDY:
+        by_vocab = SPECS["last_logits"]
+        count = jax.shard_map(count_tokens, mesh=mesh, in_specs=(by_vocab, specs, specs), out_specs=by_vocab)
+        slots = slots._replace(counts_SV=count(slots.counts_SV, slot_R, sampled.tokens_R))
+    return sampled, tokens_S, slots
 
 
 def decode_several(
@@ -157,7 +180,7 @@ def decode_several(
     config: LlamaConfig,
     mesh: Mesh,
     backend: str,
-    greedy: bool,
+    mode: Mode,
 ) -> tuple[Sampled, DeviceState]:
     """`n_steps` steps of rows of one token each, one after the other. Returns what was sampled, (n_steps, R) each.
 
@@ -167,12 +190,14 @@ def decode_several(
     def step(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Sampled]:
         state, rows_RX = carry
         logits, normalizer, pages = forward(weights, state, rows_RX, None, config=config, mesh=mesh, backend=backend)
-        sampled, tokens = choose(logits, normalizer, state.tokens_S, rows_RX, config=config, mesh=mesh, greedy=greedy)
+        sampled, tokens, slots = choose(
+            logits, normalizer, state.tokens_S, state.slots, rows_RX, config=config, mesh=mesh, mode=mode
+        )
         start_R = rows_RX[:, Column.START] + (rows_RX[:, Column.LENGTH] > 0)
         has_room_R = (rows_RX[:, Column.LENGTH] > 0) & (start_R < rows_RX[:, Column.LIMIT])
         rows_RX = rows_RX.at[:, Column.TOKEN].set(FROM_SLOT).at[:, Column.START].set(start_R)
         rows_RX = rows_RX.at[:, Column.LENGTH].set(has_room_R.astype(jnp.int32))
-        return (DeviceState(pages, state.tables_SW, tokens), rows_RX), sampled
+        return (DeviceState(pages, state.tables_SW, tokens, slots), rows_RX), sampled
 
     (state, _), sampled = jax.lax.scan(step, (state, rows_RX), length=n_steps)
     return sampled, state
@@ -187,6 +212,24 @@ def set_tables(tables_SW: jax.Array, changes_U3: jax.Array, *, mesh: Mesh) -> ja
 
     specs = SPECS["tokens"]
     return jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=specs)(tables_SW, changes_U3)
+
+
+def change_slots(slots: SlotSampling, changes_UX: jax.Array, *, mesh: Mesh) -> SlotSampling:
+    """Sets what slots allow and favour. Changes, split over `data`, are of `pack_slot`; slots beyond: nothing."""
+    return jax.shard_map(
+        set_slots, mesh=mesh, in_specs=(SLOT_SPECS, SPECS["tokens"]), out_specs=SLOT_SPECS, check_vma=False
+    )(slots, changes_UX)
+
+
+def count_known(counts_SV: jax.Array, changes_UX: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Counts tokens that slots begin with. Changes, split over `data`, are of `pack_known`."""
+    return jax.shard_map(
+        set_counts,
+        mesh=mesh,
+        in_specs=(SPECS["last_logits"], SPECS["tokens"]),
+        out_specs=SPECS["last_logits"],
+        check_vma=False,
+    )(counts_SV, changes_UX)
 
 
 def copy_pages(pages: tuple[KVPages, ...], copies_C2: jax.Array, *, mesh: Mesh) -> tuple[KVPages, ...]:
@@ -205,15 +248,20 @@ def row_params(rows_RX: jax.Array) -> RowParams:
 
     seeds = rows_RX[:, Column.SEED : Column.SEED + 2]
     return RowParams(
-        temperature_B=floats(Column.TEMPERATURE),
-        top_k_B=rows_RX[:, Column.TOP_K],
-        top_p_B=floats(Column.TOP_P),
-        min_p_B=floats(Column.MIN_P),
-        seed_B2=jax.lax.bitcast_convert_type(seeds, jnp.uint32),
+        temperature_R=floats(Column.TEMPERATURE),
+        top_k_R=rows_RX[:, Column.TOP_K],
+        top_p_R=floats(Column.TOP_P),
+        min_p_R=floats(Column.MIN_P),
+        presence_R=floats(Column.PRESENCE),
+        frequency_R=floats(Column.FREQUENCY),
+        repetition_R=floats(Column.REPETITION),
+        seed_R2=jax.lax.bitcast_convert_type(seeds, jnp.uint32),
     )
 
 
 def pack_params(params: RowParams) -> np.ndarray:
-    """Host arrays of rows' parameters as the columns (B, X) from TEMPERATURE on."""
-    columns = [params.temperature_B, params.top_k_B, params.top_p_B, params.min_p_B]
-    return np.concatenate([np.stack([c.view(np.int32) for c in columns], 1), params.seed_B2.view(np.int32)], axis=1)
+    """Host arrays of rows' parameters as the columns (R, X) from TOP_K on."""
+    floats = [params.temperature_R, params.top_p_R, params.min_p_R]
+    floats += [params.presence_R, params.frequency_R, params.repetition_R]
+    columns = [params.top_k_R, *(c.view(np.int32) for c in floats)]
+    return np.concatenate([np.stack(columns, 1), params.seed_R2.view(np.int32)], axis=1)

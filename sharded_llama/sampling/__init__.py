@@ -1,9 +1,9 @@
 """Choosing the next token: what a request asks for, and the sampler that runs on the device."""
 
 from .params import MAX_LOGPROBS, SamplingParams
-from .penalties import SlotSampling
 from .rows import RowParams, pack_rows
 from .sampler import Mode, Sampled, log_normalizer, mode_of, sample
+from .slots import SlotSampling
 
 __all__ = [
     "MAX_LOGPROBS",

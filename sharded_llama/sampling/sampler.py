@@ -11,8 +11,9 @@ from ..sharding import DATA, MODEL, SPECS
 from .filters import Filters, K, is_kept, last_kept, top_tokens
 from .noise import gumbel
 from .params import MAX_LOGPROBS, SamplingParams
-from .penalties import SlotSampling, count_tokens, process_logits
+from .penalties import process_logits
 from .rows import RowParams
+from .slots import SLOT_SPECS, SlotSampling
 
 
 class Mode(enum.IntEnum):
@@ -56,7 +57,7 @@ def sample(
     logits_RV: jax.Array,
     normalizer_R: jax.Array,
     rows: RowParams,
-    slots: SlotSampling,
+    slots: SlotSampling | None,
     slot_R: jax.Array,
     positions_R: jax.Array,
     forced_R: jax.Array,
@@ -75,14 +76,14 @@ def sample(
       positions_R: position that the new token takes in its sequence. The noise is a function of seed, position
         and token id, so a row's draw does not depend on the batch, its slot or the mesh.
       forced_R: a token that is taken in place of a choice, for its log-probability; -1: none.
-      mode: static; in GREEDY mode only one candidate per shard is exchanged and `slots` is not looked at.
+      mode: static; in GREEDY mode only one candidate per shard is exchanged and `slots` may be None.
     """
 
     def local(
         logits: jax.Array,
         normalizer: jax.Array,
         rows: RowParams,
-        slots: SlotSampling,
+        slots: SlotSampling | None,
         slot: jax.Array,
         positions: jax.Array,
         forced: jax.Array,
@@ -103,23 +104,15 @@ def sample(
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), sampled)
 
     by_row, top = SPECS["tokens"], None if mode < Mode.LOGPROBS else SPECS["replicated"]
+    by_slot = None if slots is None else SLOT_SPECS
     # The result is the same everywhere after the gathers, which the checker of varying axes cannot know.
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(SPECS["last_logits"], by_row, RowParams(*[by_row] * len(RowParams._fields)), SLOT_SPECS, *[by_row] * 3),
+        in_specs=(SPECS["last_logits"], by_row, RowParams(*[by_row] * len(RowParams._fields)), by_slot, *[by_row] * 3),
         out_specs=Sampled(*[SPECS["replicated"]] * 3, top, top),
         check_vma=False,
     )(logits_RV, normalizer_R, rows, slots, slot_R, positions_R, forced_R)
-
-
-SLOT_SPECS = SlotSampling(
-    counts_SV=SPECS["last_logits"],
-    allowed_SW=SPECS["tokens"],
-    bias_ids_SB=SPECS["tokens"],
-    bias_SB=SPECS["tokens"],
-    entropy_SE=SPECS["tokens"],
-)
 
 
 def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int) -> jax.Array:

@@ -113,7 +113,7 @@ def _depth(value: Any) -> int:
 
 
 def _choices(choice: Any) -> tuple[str, ...]:
-    right = f"a list of 1 to {MAX_CHOICES} texts, each of 1 to {MAX_CHOICE_CHARS} characters, {MAX_CHOICES_CHARS} in all"
+    right = f"a list of 1 to {MAX_CHOICES} texts of 1 to {MAX_CHOICE_CHARS} characters, {MAX_CHOICES_CHARS} in all"
     _check("choice", isinstance(choice, list | tuple) and 1 <= len(choice) <= MAX_CHOICES, choice, right)
     fits = all(isinstance(c, str) and 1 <= len(c) <= MAX_CHOICE_CHARS and _is_unicode(c) for c in choice)
     _check("choice", fits and sum(map(len, choice)) <= MAX_CHOICES_CHARS, choice, right)

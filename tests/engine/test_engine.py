@@ -307,8 +307,7 @@ def test_nothing_compiles_after_start(new_engine, cases):
     run(engine, [Case("one", [3], greedy(1))])
     run(engine, [Case("mixed", [3] * 20, greedy(9)), *sampled_cases(1), Case("longest", [4] * 95, greedy(30))])
     nothing = np.tile(np.array([engine.sizes.slots, 0, 0], np.int32), (2 * TABLE_CHANGES, 1))
-    none = np.zeros((0, 0), np.int32)
-    assert engine.runner.execute(Work(None, 0, True, none, none, nothing, None)) is None
+    assert engine.runner.execute(Work(tables_U3=nothing)) is None
     assert engine.stats().scheduler.preemptions > 0
     assert (counter.count, engine.runner.n_compiled) == (0, n_compiled)
 

@@ -77,9 +77,9 @@ def test_what_else_stays_on_the_device_is_updated_in_place():
     runner = make_runner((2, 4))
     pages, newest = N_PAGES * page_bytes(CONFIG, runner.mesh, "auto"), 4 * SLOTS
     for executable, expected in (
-        (runner._decode_several(DECODE, 4, greedy=True), pages + newest),
-        (runner._choose(DECODE.n_rows, greedy=True), newest),
-        (runner._choose(DECODE.n_rows, greedy=False), newest),
+        (runner._decode_several(DECODE, 4, Mode.GREEDY), pages + newest),
+        (runner._choose(DECODE.n_rows, Mode.GREEDY), newest),
+        (runner._choose(DECODE.n_rows, Mode.SAMPLE), newest),
         (runner._set_tables(), 4 * SLOTS * TABLE_WIDTH),
     ):
         assert executable.memory_analysis().alias_size_in_bytes == expected
@@ -95,7 +95,7 @@ def test_temporary_memory_does_not_grow_with_the_pool(kv_dtype):
     pairs = [(few._forward(DECODE), many._forward(DECODE)), (few._copy_pages(), many._copy_pages())]
     if kv_dtype == "auto":
         pairs.append((few._forward(MIXED), many._forward(MIXED)))
-        pairs.append((few._decode_several(DECODE, 4, greedy=True), many._decode_several(DECODE, 4, greedy=True)))
+        pairs.append((few._decode_several(DECODE, 4, Mode.GREEDY), many._decode_several(DECODE, 4, Mode.GREEDY)))
     for of_few, of_many in pairs:
         short, long = of_few.memory_analysis(), of_many.memory_analysis()
         assert long.alias_size_in_bytes > 7.9 * short.alias_size_in_bytes
@@ -115,7 +115,7 @@ def test_temporary_memory_hardly_grows_with_the_context(shape):
 def test_no_array_is_empty():
     """XLA's compiler for several GPUs crashes on programs that are given empty arrays."""
     runner = make_runner((2, 4))
-    for executable in (runner._forward(DECODE), runner._forward(MIXED), runner._decode_several(DECODE, 4, greedy=True)):
+    for executable in (runner._forward(DECODE), runner._forward(MIXED), runner._decode_several(DECODE, 4, Mode.GREEDY)):
         assert all(math.prod(x.shape) for x in jax.tree.leaves(executable.args_info))
         assert not re.search(r"\b(pred|[suf]\d+)\[(\d+,)*0(,\d+)*\]", executable.as_text())
 
@@ -138,7 +138,7 @@ def test_two_all_reduces_per_layer(mesh_shape):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("mode", [Mode.GREEDY, Mode.SAMPLE])
 def test_the_sampler_exchanges_little(mesh_shape, greedy):
     """Over the vocabulary two candidates per row (or the row of logits), the token's logit and rank; over the data
     what was sampled."""
@@ -156,7 +156,7 @@ def test_the_sampler_exchanges_little(mesh_shape, greedy):
 def test_several_decode_steps_are_one_loop_around_the_same_collectives():
     """Its body is there once, however many steps it runs."""
     runner = make_runner((2, 4))
-    found = [collectives(runner._decode_several(DECODE, n, greedy=True)) for n in (2, 4)]
+    found = [collectives(runner._decode_several(DECODE, n, Mode.GREEDY)) for n in (2, 4)]
     for by_kind in found:
         hidden = [of for of in by_kind["all-reduce"] if CONFIG.dim in of]
         assert len(hidden) == 2 * CONFIG.n_layers + 1
@@ -178,8 +178,8 @@ def test_one_compilation_per_shape():
     assert runner.n_compiled == 1
     runner._forward(MIXED)
     for _ in range(2):
-        runner._choose(DECODE.n_rows, greedy=True)
-        runner._choose(DECODE.n_rows, greedy=False)
+        runner._choose(DECODE.n_rows, Mode.GREEDY)
+        runner._choose(DECODE.n_rows, Mode.SAMPLE)
     assert runner.n_compiled == 4
 
 
@@ -206,7 +206,7 @@ def test_every_shape_can_be_compiled_ahead(monkeypatch):
 def test_steps_leave_nothing_on_the_host():
     """No callback, infeed or outfeed: tokens stay on the device until they are read."""
     runner = make_runner((2, 4))
-    steps = [runner._forward(DECODE), runner._choose(DECODE.n_rows, greedy=False)]
-    steps.append(runner._decode_several(DECODE, 4, greedy=True))
+    steps = [runner._forward(DECODE), runner._choose(DECODE.n_rows, Mode.SAMPLE)]
+    steps.append(runner._decode_several(DECODE, 4, Mode.GREEDY))
     for executable in steps:
         assert not re.search(r"infeed|outfeed|callback|SendToHost|host_transfer", executable.as_text(), re.IGNORECASE)
