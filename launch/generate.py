@@ -155,18 +155,12 @@ def main() -> None:
 
 def check_chat(settings: dict[str, object]) -> None:
     """Raises RequestError for flags that do not go with a conversation."""
-    reading = {"--prompt": prompt_flags.PROMPT.value, "--prompt_file": prompt_flags.PROMPT_FILE.value}
-    writing = {
-        "--output": OUTPUT.value,
-        "--logprobs": settings["logprobs"] is not None,
-        "--n": settings.get("n", 1) > 1,
-    }
-    for name, value in reading.items():
+    given = {"--prompt": prompt_flags.PROMPT.value, "--prompt_file": prompt_flags.PROMPT_FILE.value}
+    given |= {"--output": OUTPUT.value, "--logprobs": settings["logprobs"] is not None}
+    given["--n"] = settings.get("n", 1) > 1
+    for name, value in given.items():
         if value:
-            raise RequestError(f"{name} does not go with --chat, which reads messages from the terminal.")
-    for name, value in writing.items():
-        if value:
-            raise RequestError(f"{name} does not go with --chat, which writes one answer to the terminal.")
+            raise RequestError(f"{name} does not go with --chat, which asks on the terminal and answers there once.")
 
 
 def answer(llm: LLM, stream: Stream, printer: Printer) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .attention import Runs, attend, attend_pages, choose_backend
+from .attention.metrics import attention_metrics
 from .config import LlamaConfig
 from .kv_cache import KVPages
 from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
@@ -96,7 +97,8 @@ def xfmr_step(
     run_length: int = 1,
     backend: str | None = None,
     all_logits: bool = False,
-) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    with_metrics: bool = False,
+) -> tuple[jax.Array, tuple[KVPages, ...]] | tuple[jax.Array, tuple[KVPages, ...], jax.Array]:
     """Logits of a step's rows, and the pages with its tokens written into them. Pure; call it under `jax.jit`.
 
     Every token attends to the pages of its row up to its own position: to what was there, and to the tokens before it
@@ -111,6 +113,8 @@ def xfmr_step(
       run_length: rows in a run at most, where rows.run_place_R says which there are.
       backend: attention backend; default: chosen from the model and the mesh's platform.
       all_logits: give the logits of all tokens, not only of each row's last.
+      with_metrics: also give the metrics of the last layer's attention at each row's last token (R, 4), see
+        `attention.metrics`.
 
     Returns logits (R, V') of each row's last token, or (T, V'): float32 (float64 for a float64 model), -inf in the
     padding of the vocabulary; and the updated pages. What comes out for padding and unused rows means nothing.
@@ -124,13 +128,14 @@ def xfmr_step(
         n_single=n_single,
         run_length=run_length,
         all_logits=all_logits,
+        with_metrics=with_metrics,
     )
     row_specs = jax.tree.map(lambda _: SPECS["tokens"], rows)
     sharded = jax.shard_map(
         run,
         mesh=mesh,
         in_specs=(_weight_pspecs(weights), row_specs, SPECS["kv_pages"]),
-        out_specs=(SPECS["last_logits"], SPECS["kv_pages"]),
+        out_specs=(SPECS["last_logits"], SPECS["kv_pages"], *([SPECS["tokens"]] if with_metrics else [])),
         check_vma=check_vma(backend),
     )
     return sharded(weights, rows, pages)
@@ -198,27 +203,41 @@ def _forward_step(
     n_single: int,
     run_length: int,
     all_logits: bool,
-) -> tuple[jax.Array, tuple[KVPages, ...]]:
+    with_metrics: bool,
+) -> tuple[jax.Array, ...]:
     """One device's part of `xfmr_step`; the letters mean its local part."""
     n_pages, page_size = pages[0].kv_NPGK.shape[:2]
     positions_T, places = row_places(rows, n_single, n_pages, page_size, run_length)
     rotary = rope_angles(config, positions_T)
     with jax.named_scope("embedding"):
         h_TD = embed(weights.tok_embeddings, rows.tokens_T)
-    new_pages = []
-    for layer_weights, layer_pages in zip(weights.layers, pages, strict=True):
-        h_TD, layer_pages = _layer(
-            layer_weights, h_TD, rotary, layer_pages, places, config=config, backend=backend, n_single=n_single
-        )
+    new_pages, metrics = [], []
+    last_R = last_tokens(rows, n_single)
+    for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
+        args = (layer_weights, h_TD, rotary, layer_pages, places)
+        if with_metrics and i == len(pages) - 1:
+            seen: dict[str, jax.Array] = {}
+            h_TD, layer_pages = transformer_layer(
+                *args, config=config, backend=backend, n_single=n_single, probe=lambda name, x: seen.setdefault(name, x)
+            )
+            live_R = jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0)
+            metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, rows.tables_RW, live_R)]
+        else:
+            h_TD, layer_pages = _layer(*args, config=config, backend=backend, n_single=n_single)
         new_pages.append(layer_pages)
     if not all_logits:
-        h_TD = h_TD[_first_tokens(rows, n_single) + jnp.maximum(rows.length_R - 1, 0)]
-    return _logits(weights, h_TD, config), tuple(new_pages)
+        h_TD = h_TD[last_R]
+    return _logits(weights, h_TD, config), tuple(new_pages), *metrics
 
 
 def _logits(weights: XfmrWeights, h: jax.Array, config: LlamaConfig) -> jax.Array:
     with jax.named_scope("logits"):
         return head(h, weights.norm, weights.tok_embeddings if weights.output is None else weights.output, config)
+
+
+def last_tokens(rows: StepRows, n_single: int) -> jax.Array:
+    """Index (R,) into T of each row's last real token."""
+    return _first_tokens(rows, n_single) + jnp.maximum(rows.length_R - 1, 0)
 
 
 def _first_tokens(rows: StepRows, n_single: int) -> jax.Array:

@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from launch import sampling_flags
+from launch.generate import Printer
+from sharded_llama.engine.outputs import StreamEvent
+from sharded_llama.errors import RequestError
+from sharded_llama.sampling.entropy_settings import EntropySettings
+from sharded_llama.sampling.structured import StructuredOutputs
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "sharded_llama" / "demo_checkpoint"
@@ -55,7 +64,8 @@ class TestOutput:
         records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         assert [r["prompt"] for r in records] == prompts
         for record in records:
-            assert set(record) == {"prompt", "text", "token_ids", "finish_reason"}
+            assert set(record) == {"prompt", "index", "text", "token_ids", "finish_reason", "stop_reason"}
+            assert (record["index"], record["stop_reason"]) == (0, None)
             assert len(record["token_ids"]) == 6
             assert record["finish_reason"] == "length"
             assert record["prompt"] + record["text"] + "\n" in stdout
@@ -88,10 +98,148 @@ class TestOutput:
         assert "mesh data:2,model:1" in stderr
         assert len(json.loads(output.read_text())["token_ids"]) == 3
 
+    def test_several_answers_with_a_sampler_and_stop_strings(self, tmp_path):
+        output = tmp_path / "out.jsonl"
+        status, stdout, stderr = run(
+            *("--checkpoint=demo", "--n=3", "--sampler=temperature(1.2) top_p(0.95) seed(3)", "--max_new_tokens=30"),
+            *("--stop=e", "--stop=\n\n", "--logprobs=2", "--prompt=ROMEO:", f"--output={output}"),
+        )
+        assert status == 0, stderr
+        records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        assert [(r["prompt"], r["index"]) for r in records] == [("ROMEO:", i) for i in range(3)]
+        assert len({r["text"] for r in records}) == 3
+        assert stdout == "".join(f"--- answer {i + 1} of 3 ---\nROMEO:{r['text']}\n" for i, r in enumerate(records)), (
+            "each under its own line, whichever came first"
+        )
+        assert "e" in {r["stop_reason"] for r in records}
+        for record in records:
+            assert "e" not in record["text"]
+            assert (record["finish_reason"] == "stop") == (record["stop_reason"] in ("e", "\n\n"))
+            assert len(record["logprobs"]) == len(record["token_ids"])
+            for token, found in zip(record["token_ids"], record["logprobs"], strict=True):
+                assert (found[0]["token_id"], found[0]["rank"] >= 1) == (token, True)
+                assert 2 <= len(found) <= 3
+                assert all(f["logprob"] < 0 and isinstance(f["decoded_token"], str) for f in found)
+        text = "".join(of_token[0]["decoded_token"] for of_token in records[0]["logprobs"])
+        assert text.startswith(records[0]["text"])
+
+    def test_an_answer_of_a_given_form(self, tmp_path):
+        schema, output = tmp_path / "schema.json", tmp_path / "out.jsonl"
+        schema.write_text('{"enum": [["a", "b"], {"c": 7}]}')
+        status, _, stderr = run(
+            "--checkpoint=demo", f"--json_schema={schema}", "--prompt=A", "--sampler=greedy", f"--output={output}"
+        )
+        assert status == 0, stderr
+        record = json.loads(output.read_text())
+        assert json.loads(record["text"]) in (["a", "b"], {"c": 7})
+        assert record["finish_reason"] == "stop"
+
     def test_a_seed_repeats_the_text(self):
         flags = ("--checkpoint=demo", "--prompt=A", "--temperature=1", "--max_new_tokens=12", "--dtype=float32")
         texts = [run(*flags, f"--seed={seed}")[1] for seed in (5, 5, 6)]
         assert texts[0] == texts[1] != texts[2]
+
+
+def settings(*args):
+    """The sampling settings of these flags."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["generate", *args])
+        return {name: value for name, value in sampling_flags.sampling_settings().items() if value is not None}
+
+
+def config_file(tmp_path, **generate):
+    file = tmp_path / "config.py"
+    lines = [
+        "from ml_collections import ConfigDict",
+        f"def get_config(): return ConfigDict({{'generate': {generate}}})",
+    ]
+    file.write_text("\n".join(lines))
+    return f"--config={file}"
+
+
+class TestSamplingFlags:
+    def test_defaults(self):
+        assert settings() == {"max_tokens": 128}
+
+    def test_each_flag(self):
+        given = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "seed": 7, "min_tokens": 2, "n": 3}
+        given |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logprobs": 5}
+        made = settings(*(f"--{name}={value}" for name, value in given.items()), "--ignore_eos", "--max_new_tokens=9")
+        assert made == given | {"ignore_eos": True, "max_tokens": 9}
+
+    def test_stop_strings(self):
+        assert settings("--stop=a,b", "--stop=\n", "--stop= x")["stop"] == ["a,b", "\n", " x"]
+
+    def test_a_sampler(self):
+        made = settings("--sampler=temperature(0.7) top_k(5)", "--seed=4", "--presence_penalty=1")
+        assert made == {"temperature": 0.7, "top_k": 5, "seed": 4, "presence_penalty": 1.0, "max_tokens": 128}
+        assert settings("--sampler=entropy(top_k=5)")["entropy"] == EntropySettings(top_k=5)
+
+    def test_a_flag_comes_before_the_config(self, tmp_path):
+        config = config_file(tmp_path, sampler="top_p(0.5) seed(1)", presence_penalty=0.5)
+        assert settings(config) == {"top_p": 0.5, "seed": 1, "presence_penalty": 0.5, "max_tokens": 128}
+        made = settings(config, "--sampler=min_p(0.1)", "--seed=2")
+        assert made == {"min_p": 0.1, "seed": 2, "presence_penalty": 0.5, "max_tokens": 128}
+        config = config_file(tmp_path, temperature=0.5, max_new_tokens=7, seed=3, n=2)
+        assert settings(config, "--sampler=greedy") == {"temperature": 0.0, "seed": 3, "n": 2, "max_tokens": 7}
+
+    def test_forms(self, tmp_path):
+        (tmp_path / "schema").write_text('{"type": "integer"}')
+        (tmp_path / "grammar").write_text('start: "a"')
+        for flag, form in [
+            ([f"--json_schema={tmp_path / 'schema'}"], {"json": {"type": "integer"}}),
+            (["--regex=a+"], {"regex": "a+"}),
+            (["--choice=yes", "--choice=no, never"], {"choice": ["yes", "no, never"]}),
+            ([f"--grammar={tmp_path / 'grammar'}"], {"grammar": 'start: "a"'}),
+        ]:
+            assert settings(*flag)["structured_outputs"] == StructuredOutputs(**form)
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--sampler=greedy", "--temperature=1"], "temperature=1.0 contradicts the sampler 'greedy'"),
+            (["--sampler=top_p(0.9)", "--min_p=0.1"], r"min_p=0.1 contradicts the sampler 'top_p\(0.9\)'"),
+            (["--sampler=entropy", "--top_k=3"], "top_k=3 contradicts the sampler 'entropy'"),
+            (["--sampler=seed(3)", "--seed=3"], r"seed=3 contradicts the sampler 'seed\(3\)': say all of it in one"),
+            (["--sampler=top_q(3)"], r"(?s)did you mean 'top_p'\?\n  top_q\(3\)\n  \^{5}$"),
+            (["--sampler="], "sampler: it is empty"),
+            (["--stop="], "stop=.* must be at most 32 texts, each of 1 to 1024 characters"),
+            (["--min_tokens=200"], "min_tokens=200 must be at most max_tokens=128"),
+            (["--presence_penalty=3"], "presence_penalty=3.0 must be a number from -2 to 2"),
+            (["--regex=a", "--choice=b"], "structured_outputs needs exactly one of .* but regex and choice"),
+            (["--json_schema=/nowhere"], "--json_schema=/nowhere: cannot be read as UTF-8 text"),
+            (["--grammar=/dev/zero"], "--grammar=/dev/zero: has more than 1048576 bytes"),
+        ],
+        ids=lambda x: x[0] if isinstance(x, list) else "",
+    )
+    def test_mistakes(self, args, message):
+        with pytest.raises(RequestError, match=message):
+            settings(*args)
+
+    def test_contradictions_within_the_config(self, tmp_path):
+        config = config_file(tmp_path, sampler="greedy", temperature=0.5)
+        with pytest.raises(RequestError, match=r"temperature=0.5 contradicts the sampler 'greedy'"):
+            settings(config)
+
+
+def test_answers_are_printed_in_order(capsys):
+    printer = Printer(["P", "Q"], 2)
+    assert capsys.readouterr().out == ""
+    for request, index, text, reason in [
+        (1, 0, "c", None),
+        (0, 1, "b", "stop"),
+        (0, 0, "a", None),
+        (0, 0, "A", "length"),
+        (1, 1, "", "stop"),
+        (1, 0, "C", "stop"),
+    ]:
+        printer.add(StreamEvent(request, index, text, (), reason))
+        if text == "a":
+            assert capsys.readouterr().out == "--- prompt 1 of 2, answer 1 of 2 ---\nPa"
+        if text == "A":
+            second = "--- prompt 1 of 2, answer 2 of 2 ---\nPb\n"
+            assert capsys.readouterr().out == f"A\n{second}--- prompt 2 of 2, answer 1 of 2 ---\nQc"
+    assert capsys.readouterr().out == "C\n--- prompt 2 of 2, answer 2 of 2 ---\nQ\n"
 
 
 class TestMistakes:
@@ -119,6 +267,9 @@ class TestMistakes:
             (["--config=configs/demo.py", "--config.mesh.modl=4", "--prompt=x"], 'Did you mean "model"'),
             (["--config=configs/llama3_1_8b.py", "--checkpoint=demo", "--prompt=x"], "dim: the config says 4096"),
             (["stray"], "unexpected argument 'stray'"),
+            (["--checkpoint=demo", "--prompt=x", "--sampler=top_p(2)"], "  top_p(2)\n  ^^^^^"),
+            (["--checkpoint=demo", "--prompt=x", "--logprobs=2"], "--logprobs are written with the answers: add --ou"),
+            (["--checkpoint=demo", "--chat", "--n=2"], "--n does not go with --chat"),
         ],
         ids=lambda x: x[:40] if isinstance(x, str) else "",
     )

@@ -189,7 +189,8 @@ def _definition(structured: StructuredOutputs) -> str:
         return matcher.grammar_from_json_schema(schema_definition(text, **options))
     if structured.regex is not None:
         check_portable(structured.regex, "structured_outputs.regex")
-        return matcher.grammar_from_regex(structured.regex)
+        ascii_classes = library.regex_to_lark(structured.regex, "dws")  # \d, \w, \s: every Unicode differs a little
+        return matcher.grammar_from_lark(f"start: /{ascii_classes}/")
     if structured.choice is not None:
         # A terminal (upper case) is a regular expression, which takes many alternatives better than a rule.
         return matcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, structured.choice)))

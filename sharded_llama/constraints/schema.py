@@ -5,12 +5,13 @@ would then break what its schema was meant to say. So all of a schema is looked 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
 from ..errors import RequestError
-from .patterns import check_portable
+from .patterns import UNWRITABLE, check_portable, check_writable
 
 # fmt: off
 ENFORCED = (
@@ -39,8 +40,12 @@ DRAFTS = {  # `$schema` without scheme and '#' -> a number that orders them
 }
 LATEST = 9
 
-MAX_PROPERTIES = 2000  # that a schema names, in all: compiling an object takes time that grows with their square
+MAX_PROPERTIES = 1000  # that a schema names, in all: compiling an object takes time that grows with their square
 MAX_EXACT = 2**53  # whole numbers up to here are exact as float64, in which bounds are held
+
+# The library takes February 29 of any year for a date. This is what is left: other days, and those of leap years.
+LEAP_YEAR = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+REAL_DAY = rf"^(?:\d{{4}}-(?:(?:0[13-9]|1[0-2])-\d\d|02-(?:[01]\d|2[0-8]))|{LEAP_YEAR}-02-29)"
 
 # \uXXXX would be a second way to write a character: a property of another spelling would escape its own schema.
 OPTIONS = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
@@ -53,16 +58,22 @@ def schema_definition(text: str, **options: Any) -> str:
     be read otherwise than JSON Schema means.
     """
     schema = json.loads(text)
-    check_schema(schema)
+    for part in check_schema(schema):
+        if part.get("format") in ("date", "date-time"):
+            part["allOf"] = [*part.get("allOf", ()), {"pattern": REAL_DAY}]
     return json.dumps({**schema, "x-guidance": {**OPTIONS, **options}}, separators=(",", ":"))
 
 
-def check_schema(schema: Any) -> None:
-    """Raises RequestError unless every part of a schema (parsed JSON) can be enforced as it is meant."""
+def check_schema(schema: Any) -> list[dict[str, Any]]:
+    """All parts of a schema (parsed JSON) that are schemas themselves.
+
+    Raises RequestError unless each can be enforced as it is meant.
+    """
     if not isinstance(schema, dict):
         raise _refused("", "a schema must be an object here")
     draft = _draft(schema)
     todo: list[tuple[str, Any]] = [("", schema)]
+    parts: list[dict[str, Any]] = []
     n_properties = 0
     seen: set[int] = set()  # schemas are parsed once and stay where they are: an id is one schema
     while todo:
@@ -72,6 +83,7 @@ def check_schema(schema: Any) -> None:
         if not isinstance(part, dict):
             raise _refused(at, "a schema must be an object, true or false")
         seen.add(id(part))
+        parts.append(part)
         _check_keywords(at, part, draft)
         _check_values(at, part, draft)
         todo += _inner(at, part, draft)
@@ -80,6 +92,7 @@ def check_schema(schema: Any) -> None:
             raise _refused(at, f"more than {MAX_PROPERTIES} properties in all")
         if "$ref" in part:
             todo.append((str(part["$ref"])[1:], _target(schema, part["$ref"], at)))
+    return parts
 
 
 def _draft(schema: dict[str, Any]) -> int:
@@ -114,7 +127,9 @@ def _check_values(at: str, part: dict[str, Any], draft: int) -> None:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise _refused(at, "pattern must be a text")
-        check_portable(pattern, f"structured_outputs.json at {at or '/'}")
+        where = f"structured_outputs.json at {at[:200] or '/'}"
+        check_portable(pattern, where)
+        check_writable(pattern, where)
     required, least = part.get("required", []), part.get("minProperties", 0)
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise _refused(at, "required must be a list of texts")
@@ -124,7 +139,8 @@ def _check_values(at: str, part: dict[str, Any], draft: int) -> None:
 
 
 def _check_exact(at: str, value: Any) -> None:
-    """Raises RequestError if a number anywhere in `value` is more than a float64 tells exactly."""
+    """Raises RequestError if a number anywhere in `value` is more than a float64 tells, a text more than JSON's short
+    escapes can write."""
     todo = [value]
     while todo:
         value = todo.pop()
@@ -132,6 +148,8 @@ def _check_exact(at: str, value: Any) -> None:
             todo += value.values() if isinstance(value, dict) else value
         elif isinstance(value, int) and abs(value) > MAX_EXACT:
             raise _refused(at, f"whole numbers beyond 2**53 are not enforced exactly, as {str(value)[:30]}")
+        elif isinstance(value, str) and re.search(UNWRITABLE, value):
+            raise _refused(at, "control characters that need an escape \\uXXXX are not supported")
 
 
 def _inner(at: str, part: dict[str, Any], draft: int) -> Iterator[tuple[str, Any]]:

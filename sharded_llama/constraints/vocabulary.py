@@ -42,6 +42,8 @@ def make_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, .
     library = llguidance()
     table = _token_bytes(library, tokenizer)
     special = [i for i in range(len(table)) if tokenizer.kind(i) is TokenKind.SKIPPED]
+    for i in special:
+        table[i] = b""  # a grammar that names a special token is refused, as it could not have it
     # The parser is told of an end-of-sequence token that nobody has: where an answer may end is asked for instead,
     # so that any number of such tokens, none too, are treated alike.
     table += [b""] * (vocab_size - len(table)) + [b"<end>"]
@@ -58,11 +60,13 @@ def make_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, .
 
 
 def _token_bytes(library: ModuleType, tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every token; those of special ones are their names."""
+    """The bytes of every token of text; what special ones have is not used."""
     if isinstance(tokenizer, HFTokenizer):
         # The library knows what bytes the decoders of tokenizer.json make of each token. The id is any that there is.
         known = library.LLTokenizer(tokenizer._special.to_str(), eos_token=0, slices=[])
-        return [known.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+        # It takes the byte 0xFF, which no text has, for special too; the names of such tokens must not become text.
+        ids = range(tokenizer.vocab_size)
+        return [b"" if known.is_special_token(i) else known.decode_bytes([i]) for i in ids]
     if isinstance(tokenizer, Llama3Tokenizer):
         return list(tokenizer._bytes)
     if isinstance(tokenizer, Llama2Tokenizer):
@@ -72,7 +76,10 @@ def _token_bytes(library: ModuleType, tokenizer: Tokenizer) -> list[bytes]:
 
 
 class _Table:
-    """A vocabulary by the names that llguidance.TokenizerWrapper reads."""
+    """A vocabulary by the names that llguidance.TokenizerWrapper reads.
+
+    Called with a text that a grammar leaves no choice about, it gives the tokens to use for it.
+    """
 
     def __init__(self, tokens: list[bytes], special: list[int], tokenizer: Tokenizer) -> None:
         self.tokens = tokens
@@ -80,9 +87,25 @@ class _Table:
         self.eos_token_id = len(tokens) - 1
         self.bos_token_id = tokenizer.bos_id
         self._tokenizer = tokenizer
+        self._ids = {token: i for i, token in enumerate(tokens[:-1]) if token}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(text)
+        # Llama 2's puts a space before the text, which the grammar would not permit.
+        return ids if b"".join(self.tokens[i] for i in ids) == text.encode() else self._greedy(text.encode())
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again, up to a byte that no token has."""
+        ids: list[int] = []
+        while text:
+            fits = (self._ids.get(text[:n]) for n in range(min(len(text), self._longest), 0, -1))
+            token = next((i for i in fits if i is not None), None)
+            if token is None:
+                break
+            ids.append(token)
+            text = text[len(self.tokens[token]) :]
+        return ids
 
 
 def _lost_spaces(tokenizer: Tokenizer, table: list[bytes], text_V: np.ndarray) -> list[int]:

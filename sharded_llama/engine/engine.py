@@ -23,14 +23,14 @@ from ..constraints import Grammar, GrammarCompiler, row_mask
 from ..errors import ConstraintError, EngineError, RequestError
 from ..kv_cache import PAGE_SIZE
 from ..sampling import Sampled, SamplingParams
-from ..sampling.entropy import TokenMetrics
+from ..sampling.entropy import TokenMetrics, token_metrics
 from ..sharding import DATA, MODEL
 from ..tokenizer import Tokenizer
 from ..weights import XfmrWeights
 from .compilation import use_compilation_cache
 from .lockstep import Lockstep
 from .memory import plan_pages
-from .options import EngineOptions, check_options, pages_per_sequence, sizes_of
+from .options import EngineOptions, check_options, modes_of, pages_per_sequence, sizes_of
 from .packing import Packed, Packer, ScoredRows, SequenceSampling
 from .runner import Runner, Work
 from .scheduler import Plan, Scheduler, SchedulerConfig, SchedulerStats
@@ -123,6 +123,7 @@ class Engine:
             n_pages=budget.n_pages,
             table_width=pages_per_sequence(budget.max_model_len),
             kv_dtype=options.kv_cache_dtype,
+            modes=modes_of(options),
         )
         self.runner.start()
         n_shards = mesh.shape[DATA]
@@ -165,7 +166,7 @@ class Engine:
             raise RequestError(f"{MAX_REQUESTS} requests are waiting already; send this one later.")
         if self._aborted:  # what is still to be said of an aborted request must not be taken for this one's
             self._aborted = [delta for delta in self._aborted if delta.request_id != request_id]
-        self._check_ids(params)
+        self._check_params(params)
         grammar = self._compile_grammar(params)
         # A grammar's end has to be said.
         ends = frozenset() if params.ignore_eos and grammar is None else frozenset(self.config.eos_ids)
@@ -203,12 +204,19 @@ class Engine:
             sequences.append(sequence)
         self._sequences[request_id] = sequences
 
-    def _check_ids(self, params: SamplingParams) -> None:
-        """Raises RequestError for token ids beyond the vocabulary."""
+    def _check_params(self, params: SamplingParams) -> None:
+        """Raises RequestError for what this model and engine cannot do."""
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             bad = next((i for i in getattr(params, name) or () if i >= self.config.vocab_size), None)
             if bad is not None:
                 raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {self.config.vocab_size} tokens.")
+        if params.entropy and not self.options.entropy_sampler:
+            raise RequestError("the entropy sampler is off: make the engine with entropy_sampler=True.")
+        if params.entropy and (params.entropy.pause_token or 0) >= self.config.vocab_size:
+            raise RequestError(
+                f"entropy setting pause_token={params.entropy.pause_token} is outside the vocabulary of "
+                f"{self.config.vocab_size} tokens."
+            )
 
     def _compile_grammar(self, params: SamplingParams) -> Grammar | None:
         if params.structured_outputs is None:
@@ -369,6 +377,7 @@ class Engine:
                     logprobs,
                     sequence.finish_reason,
                     prompt_logprobs=_taken(sequence),
+                    metrics=_metrics(sampled, column, len(new)) if sequence.params.params.entropy else None,
                 )
             )
             if sequence.finish_reason:
@@ -431,6 +440,10 @@ class Engine:
         self._sequences.clear()
         self._in_flight.clear()
         return [TokenDelta(s.request_id, s.index, (), None, "error", self._dead) for s in unfinished]
+
+
+def _metrics(sampled: Sampled, column: int, n_tokens: int) -> tuple[TokenMetrics, ...]:
+    return tuple(token_metrics(sampled.metrics_RE[i, column]) for i in range(n_tokens))
 
 
 def _taken(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:

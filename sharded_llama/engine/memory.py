@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..kv_cache import PAGE_SIZE, KVPages, page_bytes
 from ..sharding import DATA
 from ..weights import abstract_weights
-from .options import EngineOptions, Sizes, pages_per_sequence
+from .options import EngineOptions, Sizes, modes_of, pages_per_sequence
 from .runner import Runner
 
 CPU_BYTES = 1 << 30  # of the cache over the whole mesh, where nothing else is said
@@ -136,6 +136,7 @@ def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: Eng
         n_pages=pages_per_sequence(max_model_len),
         table_width=pages_per_sequence(max_model_len),
         kv_dtype=options.kv_cache_dtype,
+        modes=modes_of(options),
     )
     trial.compile_largest()
     return trial.other_bytes()

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ..config import LlamaConfig
 from ..errors import ConfigError
 from ..kv_cache import PAGE_SIZE, cache_dtype
+from ..sampling import Mode
 from ..sharding import DATA
 from .steps import StepShape
 
@@ -37,6 +38,7 @@ class EngineOptions:
     deterministic: bool = False  # bitwise the same answers in any company
     decode_steps: int | None = None  # decode steps of one dispatch where nothing waits
     seed: int | None = None  # of requests that have none; default: a fresh one
+    entropy_sampler: bool = False  # take requests with SamplingParams.entropy; their steps are programs of their own
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages")
@@ -45,7 +47,7 @@ class EngineOptions:
         utilization = self.memory_utilization
         if isinstance(utilization, bool) or not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ConfigError(f"memory_utilization={utilization!r} must be a number above 0 and at most 1.")
-        for name in ("enable_prefix_caching", "deterministic"):
+        for name in ("enable_prefix_caching", "deterministic", "entropy_sampler"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
@@ -120,6 +122,11 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
     shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
     decode_steps = options.decode_steps or (4 if on_cpu else 1)
     return Sizes(slots, max_tokens, BLOCK, max_blocks, decode_steps, 1, tuple(shapes))
+
+
+def modes_of(options: EngineOptions) -> tuple[Mode, ...]:
+    """The samplers that steps are compiled with."""
+    return tuple(mode for mode in Mode if mode != Mode.ENTROPY or options.entropy_sampler)
 
 
 def _too_few(given: int, seqs: int, least: int) -> str:

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from .options import Sizes
 from .steps import (
     Column,
     DeviceState,
+    Forwarded,
     StepShape,
     change_slots,
     choose,
@@ -37,7 +38,7 @@ from .steps import (
 TABLE_CHANGES, PAGE_COPIES = 256, 16  # entries of each data shard that one call changes
 SLOT_CHANGES = 8  # slots of each data shard that one call sets; or all of them
 # XLA's loops ask the host after every round unless they are part of a CUDA graph, which they are not by default.
-LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE"}
+LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE"}
 
 
 class Work(NamedTuple):
@@ -73,9 +74,11 @@ class Runner:
         n_pages: int,
         table_width: int,
         kv_dtype: str,
+        modes: Sequence[Mode] = (Mode.GREEDY, Mode.SAMPLE, Mode.LOGPROBS),
     ):
         self.config, self.mesh, self.weights, self.backend, self.sizes = config, mesh, weights, backend, sizes
         self.n_pages, self.table_width, self.kv_dtype = n_pages, table_width, kv_dtype
+        self.modes = modes  # that may be asked for
         self._compiled: dict[tuple, Any] = {}
         self.compile_s = 0.0  # of all executables, one after the other
         self._abstract_weights = abstract_weights(config, mesh)
@@ -99,11 +102,12 @@ class Runner:
     def compile_largest(self) -> None:
         """Compiles the forward pass and the sampler of the largest step alone."""
         shape = max(self.sizes.shapes, key=lambda s: s.n_tokens)
-        self._forward(shape)
-        self._choose(shape.n_rows, max(Mode))
+        most = max(self.modes)
+        self._forward(shape, most == Mode.ENTROPY)
+        self._choose(shape.n_rows, most)
         if self.sizes.decode_steps > 1:
             single = max((s for s in self.sizes.shapes if not s.n_blocks), key=lambda s: s.n_tokens)
-            self._decode_several(single, self.sizes.decode_steps, max(Mode))
+            self._decode_several(single, self.sizes.decode_steps, most)
 
     def start(self) -> None:
         """Makes the pages and what else stays on the device."""
@@ -136,14 +140,14 @@ class Runner:
                 sampled, pages, tokens, given = run(self.weights, pages, tables, tokens, given, rows)
                 slots = slots if given is None else given
             else:
-                run = self._forward(work.shape)
+                run = self._forward(work.shape, work.mode == Mode.ENTROPY)
                 chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
-                logits, normalizer, pages = run(self.weights, pages, tables, tokens, rows, chunks)
-                self._forwarded = (work.shape.n_rows, work.mode, logits, normalizer, rows)
+                forwarded, pages = run(self.weights, pages, tables, tokens, rows, chunks)
+                self._forwarded = (work.shape.n_rows, work.mode, forwarded, rows)
         if work.chooses and work.n_steps <= 1:
-            (n_rows, mode, logits, normalizer, rows), self._forwarded = self._forwarded, None
+            (n_rows, mode, forwarded, rows), self._forwarded = self._forwarded, None
             given = None if mode == Mode.GREEDY else slots
-            sampled, tokens, given = self._choose(n_rows, mode)(logits, normalizer, tokens, given, rows)
+            sampled, tokens, given = self._choose(n_rows, mode)(forwarded, tokens, given, rows)
             slots = slots if given is None else given
         self.state = DeviceState(pages, tables, tokens, slots)
         for x in jax.tree.leaves(sampled):
@@ -170,7 +174,9 @@ class Runner:
     def _all_jobs(self) -> list[Callable[[], Any]]:
         sizes = self.sizes
         jobs: list[Callable[[], Any]] = [functools.partial(self._forward, s) for s in reversed(sizes.shapes)]
-        for mode in Mode:
+        if Mode.ENTROPY in self.modes:
+            jobs += [functools.partial(self._forward, s, True) for s in reversed(sizes.shapes)]
+        for mode in self.modes:
             if sizes.decode_steps > 1:
                 single = [s for s in sizes.shapes if not s.n_blocks]
                 jobs += [functools.partial(self._decode_several, s, sizes.decode_steps, mode) for s in single]
@@ -178,10 +184,11 @@ class Runner:
         jobs += [functools.partial(self._change_slots, n) for n in self.slot_changes]
         return [*jobs, self._count_known, self._set_tables, self._copy_pages]
 
-    def _forward(self, shape: StepShape) -> Any:
+    def _forward(self, shape: StepShape, with_metrics: bool = False) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:
             state = DeviceState(pages, tables, tokens, None)
-            return forward(weights, state, rows, chunks, run_length=self.sizes.run_length, **self._static)
+            static = {"run_length": self.sizes.run_length, "with_metrics": with_metrics, **self._static}
+            return forward(weights, state, rows, chunks, **static)
 
         args = (
             self._abstract_weights,
@@ -190,19 +197,24 @@ class Runner:
             self._rows(shape.n_rows),
             self._array((shape.n_blocks, shape.block)) if shape.n_blocks else None,
         )
-        out = (self._sharding("last_logits"), self._sharding("tokens"), pages_layout(self._abstract_pages))
-        return self._compile(("forward", shape), run, args, donate=(1,), out=out)
+        forwarded = self._abstract_forwarded(shape.n_rows, with_metrics)
+        out = (_shardings(forwarded), pages_layout(self._abstract_pages))
+        return self._compile(("forward", shape, with_metrics), run, args, donate=(1,), out=out)
 
     def _choose(self, n_rows: int, mode: Mode) -> Any:
-        vocab = self._abstract_weights.tok_embeddings.shape[0]
-        acc = jnp.promote_types(self.config.jnp_dtype, jnp.float32)
-        data = self.mesh.shape[DATA]
-        logits = jax.ShapeDtypeStruct((data * n_rows, vocab), acc, sharding=self._sharding("last_logits"))
-        tokens, slots = self._abstract_slots()[1], self._sampling_of(mode)
-        args = (logits, self._array((n_rows,), acc), tokens, slots, self._rows(n_rows))
+        forwarded = self._abstract_forwarded(n_rows, mode == Mode.ENTROPY)
+        slots = self._sampling_of(mode)
+        args = (forwarded, self._abstract_slots()[1], slots, self._rows(n_rows))
         run = functools.partial(choose, config=self.config, mesh=self.mesh, mode=mode)
         out = (self._sharding("replicated"), self._sharding("tokens"), _shardings(slots))
-        return self._compile(("choose", n_rows, mode), run, args, donate=(2, 3), out=out)
+        return self._compile(("choose", n_rows, mode), run, args, donate=(1, 2), out=out)
+
+    def _abstract_forwarded(self, n_rows: int, with_metrics: bool) -> Forwarded:
+        vocab, data = self._abstract_weights.tok_embeddings.shape[0], self.mesh.shape[DATA]
+        acc = jnp.promote_types(self.config.jnp_dtype, jnp.float32)
+        logits = jax.ShapeDtypeStruct((data * n_rows, vocab), acc, sharding=self._sharding("last_logits"))
+        metrics = (self._array((n_rows, 4), jnp.float32), self._array((n_rows,))) if with_metrics else ()
+        return Forwarded(logits, self._array((n_rows,), acc), *metrics)
 
     def _decode_several(self, shape: StepShape, n_steps: int, mode: Mode) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, slots: Any, rows: Any) -> tuple:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ..config import LlamaConfig
 from ..kv_cache import KVPages
-from ..model import StepRows, xfmr_step
+from ..model import StepRows, last_tokens, xfmr_step
 from ..sampling import Mode, RowParams, Sampled, log_normalizer, sample
 from ..sampling.slots import SLOT_SPECS, SlotSampling, count_tokens, set_counts, set_slots
 from ..sharding import DATA, SPECS
@@ -74,6 +74,16 @@ class DeviceState(NamedTuple):
     slots: SlotSampling | None  # what sampling keeps of every slot; greedy steps do without
 
 
+class Forwarded(NamedTuple):
+    """What the sampler needs of a step's rows."""
+
+    logits_RV: jax.Array
+    normalizer_R: jax.Array  # logarithm of what normalises them
+    # For the entropy sampler alone: of the last layer's attention, and the token that each row ends with.
+    attention_R4: jax.Array | None = None
+    last_R: jax.Array | None = None
+
+
 def forward(
     weights: XfmrWeights,
     state: DeviceState,
@@ -84,8 +94,9 @@ def forward(
     mesh: Mesh,
     backend: str,
     run_length: int = 1,
-) -> tuple[jax.Array, jax.Array, tuple[KVPages, ...]]:
-    """Logits (R, V') of the rows, the logarithms (R,) of what normalises them, and the pages.
+    with_metrics: bool = False,
+) -> tuple[Forwarded, tuple[KVPages, ...]]:
+    """What follows the rows, and the pages with their tokens.
 
     Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens; None if there are no such
     rows, because XLA's compiler for several GPUs crashes on empty arrays.
@@ -93,17 +104,31 @@ def forward(
     data = mesh.shape[DATA]
     n_single = (rows_RX.shape[0] - (0 if tokens_CQ is None else tokens_CQ.shape[0])) // data
     specs = SPECS["tokens"]
+    row_specs = StepRows(specs, specs, specs, specs, specs if run_length > 1 else None)
     expand = jax.shard_map(
         functools.partial(_step_rows, n_single=n_single, in_runs=run_length > 1),
         mesh=mesh,
         in_specs=(specs, specs, specs, None if tokens_CQ is None else specs),
-        out_specs=StepRows(specs, specs, specs, specs, specs if run_length > 1 else None),
+        out_specs=row_specs,
     )
     rows = expand(state.tables_SW, state.tokens_S, rows_RX, tokens_CQ)
-    logits_RV, pages = xfmr_step(
-        weights, config, rows, state.pages, mesh=mesh, n_single=n_single, run_length=run_length, backend=backend
+    logits_RV, pages, *metrics = xfmr_step(
+        weights,
+        config,
+        rows,
+        state.pages,
+        mesh=mesh,
+        n_single=n_single,
+        run_length=run_length,
+        backend=backend,
+        with_metrics=with_metrics,
     )
-    return logits_RV, log_normalizer(logits_RV, mesh=mesh), pages
+    if with_metrics:
+        pick = jax.shard_map(
+            lambda rows: rows.tokens_T[last_tokens(rows, n_single)], mesh=mesh, in_specs=(row_specs,), out_specs=specs
+        )
+        metrics.append(pick(rows))
+    return Forwarded(logits_RV, log_normalizer(logits_RV, mesh=mesh), *metrics), pages
 
 
 def _step_rows(
@@ -130,8 +155,7 @@ def _step_rows(
 
 
 def choose(
-    logits_RV: jax.Array,
-    normalizer_R: jax.Array,
+    forwarded: Forwarded,
     tokens_S: jax.Array,
     slots: SlotSampling | None,
     rows_RX: jax.Array,
@@ -144,8 +168,7 @@ def choose(
     length_R = rows_RX[:, Column.LENGTH]
     positions_R = rows_RX[:, Column.START] + length_R
     sampled = sample(
-        logits_RV,
-        normalizer_R,
+        *forwarded,
         row_params(rows_RX),
         slots,
         rows_RX[:, Column.SLOT],
@@ -189,9 +212,11 @@ def decode_several(
 
     def step(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Sampled]:
         state, rows_RX = carry
-        logits, normalizer, pages = forward(weights, state, rows_RX, None, config=config, mesh=mesh, backend=backend)
+        forwarded, pages = forward(
+            weights, state, rows_RX, None, config=config, mesh=mesh, backend=backend, with_metrics=mode == Mode.ENTROPY
+        )
         sampled, tokens, slots = choose(
-            logits, normalizer, state.tokens_S, state.slots, rows_RX, config=config, mesh=mesh, mode=mode
+            forwarded, state.tokens_S, state.slots, rows_RX, config=config, mesh=mesh, mode=mode
         )
         start_R = rows_RX[:, Column.START] + (rows_RX[:, Column.LENGTH] > 0)
         has_room_R = (rows_RX[:, Column.LENGTH] > 0) & (start_R < rows_RX[:, Column.LIMIT])

@@ -94,29 +94,28 @@ def choose_strategy(
     Args:
       entropy_R, varentropy_R: from `logit_metrics`, of the raw logits.
       attention_R4: from `attention_metrics`.
-      settings: columns (R,) float32, from `unpack_settings`.
+      settings: columns (R,) float32, from `unpack_settings`. A row of zeros is greedy.
       last_token_R: int32, the token before the one to be chosen; NO_TOKEN: none.
       pause_allowed_R: bool, whether the row may choose its pause token; what it says of rows without one is not used.
     """
     s, h_R, v_R = settings, entropy_R, varentropy_R
     ah_R, av_R, agree_R, inter_R = attention_R4.T
-    conditions = [
-        (s.temperature == 0) | ((h_R < s.low_entropy) & (v_R < s.low_varentropy)),
-        (h_R > s.high_entropy) & (v_R < s.low_varentropy),
-        (h_R < s.high_entropy) & (v_R > s.high_varentropy),
-        (h_R > s.medium_entropy) & (v_R > s.high_varentropy),
-    ]
-    strategy_R = jnp.select(conditions, [jnp.int32(x) for x in list(Strategy)[:-1]], jnp.int32(Strategy.ADAPTIVE))
+    conditions = {
+        Strategy.GREEDY: (s.temperature == 0) | ((h_R < s.low_entropy) & (v_R < s.low_varentropy)),
+        Strategy.PAUSE: (h_R > s.high_entropy) & (v_R < s.low_varentropy),
+        Strategy.EXPLORE: (h_R < s.high_entropy) & (v_R > s.high_varentropy),
+        Strategy.RESAMPLE: (h_R > s.medium_entropy) & (v_R > s.high_varentropy),
+    }
+    strategy_R = jnp.select(list(conditions.values()), [jnp.int32(x) for x in conditions], jnp.int32(Strategy.ADAPTIVE))
+    is_greedy_R, is_pause_R, is_explore_R, is_resample_R, is_adaptive_R = (strategy_R == x for x in Strategy)
 
     pause_token_R = s.pause_token.astype(jnp.int32)
-    pauses_R = (strategy_R == Strategy.PAUSE) & (pause_token_R != NO_TOKEN)
-    pauses_R &= (pause_token_R != last_token_R) & pause_allowed_R
+    pauses_R = is_pause_R & (pause_token_R != NO_TOKEN) & (pause_token_R != last_token_R) & pause_allowed_R
 
     # A token without a draw, greedy or forced, has temperature 0 and the filters that were set.
     temperature_R = jnp.select(
-        [*conditions[:1], pauses_R, *conditions[1:]],
+        [is_greedy_R | pauses_R, is_pause_R, is_explore_R, is_resample_R],
         [
-            jnp.zeros_like(h_R),
             jnp.zeros_like(h_R),
             _hotter(s, s.pause_temperature + s.pause_attention_entropy * ah_R, s.pause_max_temperature),
             _hotter(s, s.explore_temperature + s.explore_interaction * inter_R, s.explore_max_temperature),
@@ -131,8 +130,6 @@ def choose_strategy(
         ),
     )
 
-    is_explore_R, is_resample_R = strategy_R == Strategy.EXPLORE, strategy_R == Strategy.RESAMPLE
-    is_adaptive_R = strategy_R == Strategy.ADAPTIVE
     explore_top_k_R = jnp.floor(s.top_k * (1 + s.explore_disagreement * (1 - agree_R)))
     adaptive_top_k_R = jnp.round(
         s.top_k * (1 + s.adaptive_top_k_interaction * inter_R - s.adaptive_top_k_agreement * agree_R)

@@ -6,7 +6,7 @@ so all that is to be found is the last token that is kept. It is found
 - among the K most likely tokens, where top_k <= K, or where these already have the mass that top_p asks for. The K most
   likely tokens lie in the K blocks of the vocabulary with the largest maxima, because each of these has one token before
   any token of the other blocks;
-- else by a search over all tokens: for the value of the last token, sixteen intervals at a time, then for its id among
+- else by a search over all tokens: for the value of the last token, four intervals at a time, then for its id among
   equal values.
 
 A token's mass is a whole number, `MASS` for the most likely one, so that sums are exact in any order: the same tokens are
@@ -24,7 +24,7 @@ from ..sharding import DATA, MODEL
 K = 128  # candidates
 BLOCK = 32  # tokens
 MASS = 2**24
-BITS = 4  # of a key that one pass of the search finds
+BITS = 2  # of a key that one pass of the search finds
 PASSES = 32 // BITS
 
 

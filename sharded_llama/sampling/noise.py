@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 
 
-def gumbel(seed_R2: jax.Array, position_R: jax.Array, ids_RV: jax.Array) -> jax.Array:
-    """Gumbel noise (R, V), float32, of each row's tokens `ids_RV` at its position. Seeds: uint32, high and low word."""
+def gumbel(seed_R2: jax.Array, position_R: jax.Array, ids_RV: jax.Array, draw: int = 0) -> jax.Array:
+    """Gumbel noise (R, V), float32, of each row's tokens `ids_RV` at its position. Seeds: uint32, high and low word.
+
+    draw: which of several independent draws at one position.
+    """
 
     def of_row(seed_2: jax.Array, position: jax.Array, ids_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), position)
+        if draw:
+            key = jax.random.fold_in(key, 2**32 - draw)  # no token has such an id
         # The words of a key folded with an id are a hash of all three.
         return jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_V))[:, 0]
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..sharding import DATA, MODEL, SPECS
-from .filters import Filters, K, is_kept, last_kept, top_tokens
+from .entropy import best_candidate, choose_strategy, logit_metrics, stack_metrics
+from .entropy_settings import MAX_CANDIDATES, unpack_settings
+from .filters import Candidates, Filters, K, is_kept, last_kept, top_tokens
 from .noise import gumbel
 from .params import MAX_LOGPROBS, SamplingParams
 from .penalties import process_logits
@@ -22,10 +24,13 @@ class Mode(enum.IntEnum):
     GREEDY = 0  # the most likely token of the raw logits
     SAMPLE = 1  # everything but what follows
     LOGPROBS = 2  # also the most likely tokens' log-probabilities
+    ENTROPY = 3  # also the entropy sampler
 
 
 def mode_of(params: SamplingParams) -> Mode:
     """What a request asks for."""
+    if params.entropy:
+        return Mode.ENTROPY
     if params.logprobs or params.prompt_logprobs:
         return Mode.LOGPROBS
     changes = (params.presence_penalty, params.frequency_penalty, params.logit_bias, params.allowed_token_ids)
@@ -41,6 +46,7 @@ class Sampled(NamedTuple):
     ranks_R: jax.Array  # int32, 1 for the most likely token
     top_tokens_RJ: jax.Array | None  # int32, the most likely tokens in order; None unless asked for
     top_logprobs_RJ: jax.Array | None  # float32
+    metrics_RE: jax.Array | None = None  # float32, of `entropy.stack_metrics`; None unless the entropy sampler runs
 
 
 def log_normalizer(logits_RV: jax.Array, *, mesh: Mesh) -> jax.Array:
@@ -56,6 +62,8 @@ def log_normalizer(logits_RV: jax.Array, *, mesh: Mesh) -> jax.Array:
 def sample(
     logits_RV: jax.Array,
     normalizer_R: jax.Array,
+    attention_R4: jax.Array | None,
+    last_R: jax.Array | None,
     rows: RowParams,
     slots: SlotSampling | None,
     slot_R: jax.Array,
@@ -71,6 +79,7 @@ def sample(
     Args:
       logits_RV: padded logits, split over the mesh, -inf in the padding.
       normalizer_R: from `log_normalizer`.
+      attention_R4, last_R: in ENTROPY mode the metrics of the last layer's attention and the token that each row ends with.
       rows: sampling parameters.
       slots, slot_R: what is kept of the slots, and each row's.
       positions_R: position that the new token takes in its sequence. The noise is a function of seed, position
@@ -82,40 +91,62 @@ def sample(
     def local(
         logits: jax.Array,
         normalizer: jax.Array,
+        attention: jax.Array | None,
+        last: jax.Array | None,
         rows: RowParams,
         slots: SlotSampling | None,
         slot: jax.Array,
         positions: jax.Array,
         forced: jax.Array,
     ) -> Sampled:
-        top_ids, top_logprobs = None, None
+        top_ids, top_logprobs, metrics = None, None, None
         if mode == Mode.GREEDY:
             tokens = sharded_argmax(logits)
         else:
             processed = process_logits(logits.astype(jnp.float32), slots, slot, rows)
-            tokens = draw(processed, rows, positions, vocab_size)
+            if mode == Mode.ENTROPY:
+                settings = slots.entropy_SE.at[slot].get(mode="clip")
+                tokens, metrics = draw_by_entropy(
+                    logits, normalizer, processed, attention, last, rows, settings, positions, vocab_size
+                )
+            else:
+                tokens, _ = draw(processed, rows, positions, vocab_size)
         tokens = jnp.where(forced >= 0, forced, tokens)
         if mode >= Mode.LOGPROBS:
             top = top_tokens(logits, min(MAX_LOGPROBS, vocab_size))
             top_ids, top_logprobs = top.ids_RK, top.logits_RK - normalizer[:, None]
-        chosen = _logit_of(logits, tokens)
+        chosen = logits_of(logits, tokens[:, None])[:, 0]
         ranks = 1 + jax.lax.psum(jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32), MODEL)
-        sampled = Sampled(tokens, chosen - normalizer, ranks, top_ids, top_logprobs)
+        sampled = Sampled(tokens, chosen - normalizer, ranks, top_ids, top_logprobs, metrics)
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA, tiled=True), sampled)
 
-    by_row, top = SPECS["tokens"], None if mode < Mode.LOGPROBS else SPECS["replicated"]
-    by_slot = None if slots is None else SLOT_SPECS
+    by_row, whole = SPECS["tokens"], SPECS["replicated"]
+    given = (attention_R4, last_R, rows, slots, slot_R, positions_R, forced_R)
+    specs = jax.tree.map(lambda _: by_row, given)
+    specs = (*specs[:3], None if slots is None else SLOT_SPECS, *specs[4:])
+    top = whole if mode >= Mode.LOGPROBS else None
     # The result is the same everywhere after the gathers, which the checker of varying axes cannot know.
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(SPECS["last_logits"], by_row, RowParams(*[by_row] * len(RowParams._fields)), by_slot, *[by_row] * 3),
-        out_specs=Sampled(*[SPECS["replicated"]] * 3, top, top),
+        in_specs=(SPECS["last_logits"], by_row, *specs),
+        out_specs=Sampled(*[whole] * 3, top, top, whole if mode == Mode.ENTROPY else None),
         check_vma=False,
-    )(logits_RV, normalizer_R, rows, slots, slot_R, positions_R, forced_R)
+    )(logits_RV, normalizer_R, *given)
 
 
-def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int) -> jax.Array:
+class Drawn(NamedTuple):
+    """How a draw was made."""
+
+    peak_R: jax.Array  # the largest processed logit
+    candidates: Candidates
+    kept_RK: jax.Array  # which of the candidates passed the filters
+    filters: Filters
+
+
+def draw(
+    logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int
+) -> tuple[jax.Array, Drawn]:
     """Draws (R,) from one device's part of processed logits, with the filters of each row; temperature 0 is greedy."""
     is_greedy_R = rows.temperature_R <= 0
     filters = Filters(
@@ -125,14 +156,65 @@ def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_si
         jnp.where(is_greedy_R, 0.0, rows.min_p_R),
     )
     peak_R = jax.lax.pmax(jnp.max(logits_RV, axis=-1), MODEL)
-    cut = last_kept(logits_RV, peak_R, top_tokens(logits_RV, min(K, vocab_size)), filters, vocab_size)
+    candidates = top_tokens(logits_RV, min(K, vocab_size))
+    cut = last_kept(logits_RV, peak_R, candidates, filters, vocab_size)
+
+    def noisy(logits: jax.Array, ids: jax.Array) -> jax.Array:
+        """Of tokens that are kept."""
+        # Relative to the largest, so that no temperature, however small, overflows.
+        scaled = (logits - peak_R[:, None]) / filters.temperature_R[:, None]
+        with_noise = scaled + gumbel(rows.seed_R2, positions_R, ids)
+        return jnp.where(is_kept(logits, ids, peak_R, cut, filters), with_noise, -jnp.inf)
+
     n_local = logits_RV.shape[-1]
     ids_RV = jnp.broadcast_to(jax.lax.axis_index(MODEL) * n_local + jnp.arange(n_local), logits_RV.shape)
-    # Relative to the largest, so that no temperature, however small, overflows.
-    scaled_RV = (logits_RV - peak_R[:, None]) / filters.temperature_R[:, None]
-    noisy_RV = scaled_RV + gumbel(rows.seed_R2, positions_R, ids_RV)
-    noisy_RV = jnp.where(is_kept(logits_RV, ids_RV, peak_R, cut, filters), noisy_RV, -jnp.inf)
-    return sharded_argmax(jnp.where(is_greedy_R[:, None], logits_RV, noisy_RV))
+    tokens_R = sharded_argmax(jnp.where(is_greedy_R[:, None], logits_RV, noisy(logits_RV, ids_RV)))
+    kept_RK = is_kept(candidates.logits_RK, candidates.ids_RK, peak_R, cut, filters)
+    return tokens_R, Drawn(peak_R, candidates, kept_RK, filters)
+
+
+def draw_by_entropy(
+    logits_RV: jax.Array,
+    normalizer_R: jax.Array,
+    processed_RV: jax.Array,
+    attention_R4: jax.Array,
+    last_R: jax.Array,
+    rows: RowParams,
+    settings_RE: jax.Array,
+    positions_R: jax.Array,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws (R,) and what `entropy.token_metrics` reads (R, 12); rows without settings are drawn as by `draw`."""
+    settings = unpack_settings(settings_RE)
+    uses_R = settings.top_k > 0
+    entropy_R, varentropy_R = logit_metrics(logits_RV)
+    pause_R = settings.pause_token.astype(jnp.int32)
+    may_pause_R = logits_of(processed_RV, pause_R[:, None])[:, 0] > -jnp.inf
+    choice = choose_strategy(entropy_R, varentropy_R, attention_R4, settings, last_R, may_pause_R)
+    rows = rows._replace(
+        temperature_R=jnp.where(uses_R, choice.temperature_R, rows.temperature_R),
+        top_k_R=jnp.where(uses_R, choice.top_k_R, rows.top_k_R),
+        top_p_R=jnp.where(uses_R, choice.top_p_R, rows.top_p_R),
+        min_p_R=jnp.where(uses_R, choice.min_p_R, rows.min_p_R),
+    )
+    tokens_R, drawn = draw(processed_RV, rows, positions_R, vocab_size)
+
+    # More draws of the same distribution: with top_k at most MAX_TOP_K all of it is among the candidates.
+    ids_RK, kept_RK = drawn.candidates.ids_RK, drawn.kept_RK
+    scaled_RK = (drawn.candidates.logits_RK - drawn.peak_R[:, None]) / drawn.filters.temperature_R[:, None]
+    others = []
+    for i in range(1, MAX_CANDIDATES):
+        noise_RK = gumbel(rows.seed_R2, positions_R, ids_RK, draw=i)
+        at_R = jnp.argmax(jnp.where(kept_RK, scaled_RK + noise_RK, -jnp.inf), axis=1)
+        others.append(jnp.take_along_axis(ids_RK, at_R[:, None], axis=1)[:, 0])
+    tokens_RN = jnp.stack([tokens_R, *others], axis=1)
+    logprobs_RN = logits_of(logits_RV, tokens_RN) - normalizer_R[:, None]
+    best_R = best_candidate(logprobs_RN, jnp.maximum(choice.n_candidates_R, 1))
+    best_R = jnp.take_along_axis(tokens_RN, best_R[:, None], axis=1)[:, 0]
+    draws_several_R = uses_R & (choice.n_candidates_R > 1)
+    tokens_R = jnp.where(draws_several_R, best_R, tokens_R)
+    tokens_R = jnp.where(uses_R & (choice.forced_R >= 0), choice.forced_R, tokens_R)
+    return tokens_R, stack_metrics(entropy_R, varentropy_R, attention_R4, choice)
 
 
 def sharded_argmax(logits_RV: jax.Array) -> jax.Array:
@@ -145,10 +227,10 @@ def sharded_argmax(logits_RV: jax.Array) -> jax.Array:
     return jnp.take_along_axis(ids_MR, winner_R[None], axis=0)[0]
 
 
-def _logit_of(logits_RV: jax.Array, tokens_R: jax.Array) -> jax.Array:
-    """The logit (R,) of one token per row, from the shard that has it."""
+def logits_of(logits_RV: jax.Array, tokens_RN: jax.Array) -> jax.Array:
+    """The logits (R, N) of some tokens of each row, from the shards that have them; 0 for ids that none has."""
     n_local = logits_RV.shape[-1]
-    local_R = tokens_R - jax.lax.axis_index(MODEL) * n_local
-    mine_R = (local_R >= 0) & (local_R < n_local)
-    logit_R = jnp.take_along_axis(logits_RV, jnp.clip(local_R, 0, n_local - 1)[:, None], axis=-1)[:, 0]
-    return jax.lax.psum(jnp.where(mine_R, logit_R, 0), MODEL)
+    local_RN = tokens_RN - jax.lax.axis_index(MODEL) * n_local
+    mine_RN = (local_RN >= 0) & (local_RN < n_local)
+    logits_RN = jnp.take_along_axis(logits_RV, jnp.clip(local_RN, 0, n_local - 1), axis=-1)
+    return jax.lax.psum(jnp.where(mine_RN, logits_RN, 0), MODEL)

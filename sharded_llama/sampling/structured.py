@@ -36,7 +36,7 @@ class StructuredOutputs:
 
     json: str | dict[str, Any] | bool | None = None  # a JSON schema, or its text; kept as compact JSON text
     json_object: bool = False  # any JSON object
-    regex: str | None = None  # matched by the whole answer; Unicode, no look-around, no back-references
+    regex: str | None = None  # matched by the whole answer; \d, \w, \s are ASCII; no look-around, no back-references
     choice: tuple[str, ...] | list[str] | None = None  # the answer is one of these
     grammar: str | None = None  # in the Lark dialect of llguidance, or EBNF as in llama.cpp (GBNF)
     disable_any_whitespace: bool = False  # of json and json_object: none between the parts of the text
@@ -105,11 +105,10 @@ def _canonical_schema(schema: Any) -> str:
 
 def _depth(value: Any) -> int:
     depth, layer = 0, [value]
-    while layer:
-        layer = [v for v in layer if isinstance(v, dict | list)]
-        layer = [inner for v in layer for inner in (v.values() if isinstance(v, dict) else v)]
+    while layer := [v for v in layer if isinstance(v, dict | list)]:
         depth += 1
-    return depth - 1
+        layer = [inner for v in layer for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _choices(choice: Any) -> tuple[str, ...]:

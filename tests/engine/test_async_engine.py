@@ -4,6 +4,8 @@ The time limit of `finish` only ends a test that hangs.
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import threading
 
 import numpy as np
@@ -18,6 +20,7 @@ from sharded_llama.engine.options import EngineOptions
 from sharded_llama.errors import EngineError, RequestError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
+from sharded_llama.tokenizer import TokenKind
 
 VOCAB = 131
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "num_pages": 12, "decode_steps": 1}
@@ -77,6 +80,43 @@ async def collect(serving, name, prompt, params, **kwargs):
             ended.add(delta.index)
     assert len(ended) == params.n
     return tokens
+
+
+class Letters:
+    """A tokenizer that has a letter for every id."""
+
+    bos_id, adds_bos, vocab_size = None, False, VOCAB
+
+    def encode(self, text, bos=False, special=False):
+        return [ord(c) - 0x100 for c in text]
+
+    def decode(self, ids, skip_special=True):
+        return "".join(chr(0x100 + i) for i in ids)
+
+    def kind(self, token_id):
+        return TokenKind.TEXT
+
+
+@pytest.fixture
+def speaking(engine):
+    made = AsyncEngine(engine, Letters())
+    yield made
+    made.shutdown()
+
+
+async def collect_text(speaking, name, prompt, params):
+    """(text, tokens, finish and stop reason) of each of the n answers."""
+    found = [("", ())] * params.n
+    async for event in speaking.stream(name, prompt, params):
+        text, tokens, *ended = found[event.index]
+        assert not any(ended), "an event after the last"
+        ended = (event.finish_reason, event.stop_reason) if event.finish_reason else ()
+        found[event.index] = (text + event.text, tokens + event.token_ids, *ended)
+    return found
+
+
+def summary(request):
+    return [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in request.outputs]
 
 
 async def first_delta(serving, permits, name, params=LONG):
@@ -321,3 +361,100 @@ def test_calls_that_meet_the_shutdown_end(serving):
         thread.join()
     assert len(found) == 8
     assert all("shut down" in message for message in found)
+
+
+def test_texts_equal_those_of_generate(loaded):
+    """Streamed and whole, with stop strings that end some answers, and the best of several."""
+    prompts, params = requests(12)
+    params = [dataclasses.replace(p, max_tokens=20, logprobs=1, prompt_logprobs=0) for p in params]
+    llm = LLM(dataclasses.replace(loaded, tokenizer=Letters()), **OPTIONS, progress=False)
+    texts = [request.outputs[0].text for request in llm.generate(prompts, params)]
+    params = [
+        dataclasses.replace(p, stop=[text[i : i + 2]]) for i, (p, text) in enumerate(zip(params, texts, strict=True))
+    ]
+    expected = llm.generate(prompts, params)
+    best = [dataclasses.replace(p, best_of=4, n=2, logprobs=None) for p in params]
+    expected_best = llm.generate(prompts, best)
+    speaking = AsyncEngine(llm.engine, Letters())
+
+    async def all_of_them():
+        numbered = list(enumerate(zip(prompts, params, best, strict=True)))
+        streams = [collect_text(speaking, f"s{i}", prompt, p) for i, (prompt, p, _) in numbered]
+        whole = [speaking.answer(f"w{i}", prompt, p) for i, (prompt, p, _) in numbered]
+        chosen = [speaking.answer(f"b{i}", prompt, p) for i, (prompt, _, p) in numbered]
+        found = await asyncio.gather(*streams, *whole, *chosen)
+        assert (await speaking.stats()).scheduler.pages_used == 0
+        return found[:12], found[12:24], found[24:]
+
+    streamed, whole, chosen = finish(all_of_them())
+    speaking.shutdown()
+    for ours, theirs in zip(streamed, expected, strict=True):
+        assert ours == summary(theirs)
+    for i, (ours, theirs) in enumerate(zip([*whole, *chosen], [*expected, *expected_best], strict=True)):
+        assert ours.request_id == ("w" if i < 12 else "b") + str(i % 12)
+        assert (summary(ours), ours.prompt_token_ids) == (summary(theirs), theirs.prompt_token_ids)
+        assert [o.logprobs is None for o in ours.outputs] == [i >= 12] * len(ours.outputs)
+        assert [x and list(x) for x in ours.prompt_logprobs] == [None, *([t] for t in ours.prompt_token_ids[1:])]
+    assert sum(o.finish_reason == "stop" for request in whole for o in request.outputs) >= 12
+
+
+def test_a_stop_string_ends_one_answer_in_the_engine(speaking):
+    async def scenario():
+        long = dataclasses.replace(LONG, n=2, temperature=1.0, seed=1)
+        free = await speaking.answer("free", [5, 6, 7], long)
+        first, second = (o.text for o in free.outputs)
+        stop = next(first[i : i + 2] for i in range(60) if first[i : i + 2] not in second)
+        made = (await speaking.stats()).seconds.new_tokens
+        found = await collect_text(speaking, "one", [5, 6, 7], dataclasses.replace(long, stop=stop))
+        made = (await speaking.stats()).seconds.new_tokens - made
+        at = first.index(stop)
+        assert found[0] == (first[:at], free.outputs[0].token_ids[: at + 2], "stop", stop)
+        assert found[1][0] == second
+        assert at + 2 + 90 <= made < 180
+        again = await collect_text(speaking, "one", [5, 6, 7], dataclasses.replace(long, n=1, stop=stop))
+        assert again == found[:1]  # all have ended in the engine, and so the name is free
+        stats = await speaking.stats()
+        assert (stats.scheduler.running, stats.scheduler.pages_used) == (0, 0)
+
+    finish(scenario())
+
+
+def test_leaving_a_stream_of_text_aborts(speaking, engine, permits):
+    async def scenario():
+        permits.release(2)
+        async with contextlib.aclosing(speaking.stream("left", [5, 6, 7], LONG)) as events:
+            async for event in events:
+                assert len(event.text) == len(event.token_ids) == 1
+                break
+        permits.release(PERMITS)
+        stats = await speaking.stats()
+        assert (stats.scheduler.running, stats.scheduler.pages_used) == (0, 0)
+        assert stats.seconds.new_tokens < 10
+        assert len((await collect_text(speaking, "left", [5, 6], SHORT))[0][0]) == 5
+
+    finish(scenario())
+
+
+def test_what_cannot_be_streamed(serving, engine):
+    async def scenario():
+        with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+            await collect_text(serving, "a", [5], dataclasses.replace(SHORT, stop="x"))
+        with pytest.raises(RequestError, match="best_of=2 with n=1 cannot be streamed"):
+            await collect_text(serving, "a", [5], dataclasses.replace(SHORT, best_of=2))
+        with pytest.raises(RequestError, match="token id 131"):
+            await serving.answer("a", [VOCAB], SHORT)
+        assert (await serving.answer("a", [5], SHORT)).outputs[0].text == ""
+
+    finish(scenario())
+
+
+def test_a_failing_step_ends_texts(speaking, engine, monkeypatch):
+    monkeypatch.setattr(engine.runner, "execute", fail)
+
+    async def scenario():
+        calls = (collect_text(speaking, "a", [5], LONG), speaking.answer("b", [6], LONG))
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(error, EngineError)
+            assert "the device is on fire" in str(error)
+
+    finish(scenario())

@@ -193,9 +193,141 @@ class TestSampling:
         copy.mkdir()
         for file in folder.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
-        (copy / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9}')
+        (copy / "generation_config.json").write_text(
+            '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.2}'
+        )
         sampled = load(copy, mesh=make_mesh())
-        assert sampled.sampling_defaults == {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
+        expected = {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.2}
+        assert sampled.sampling_defaults == expected
+
+
+def joined(stream):
+    """What the events of a stream make, as {(request, index): (text, token_ids, finish_reason, stop_reason)}."""
+    found = {}
+    for event in stream:
+        text, token_ids, *_ = found.get((event.request, event.index), ("", ()))
+        ended = (event.finish_reason, event.stop_reason)
+        found[event.request, event.index] = (text + event.text, token_ids + event.token_ids, *ended)
+    return found
+
+
+def plain(outputs):
+    """The same of whole answers."""
+    return {
+        (i, a.index): (a.text, a.token_ids, a.finish_reason, a.stop_reason)
+        for i, request in enumerate(outputs)
+        for a in request.outputs
+    }
+
+
+LONG = {"max_tokens": 40, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+
+
+class TestStop:
+    def test_a_stop_string_ends_the_answer_and_its_tokens(self, llm):
+        free = generate(llm, "the cat", **LONG)[0]
+        stop = free.text[12:15]
+        at = free.text.index(stop)
+        made = llm.engine.stats().seconds.new_tokens
+        stopped = generate(llm, "the cat", stop=stop, **LONG)[0]
+        made = llm.engine.stats().seconds.new_tokens - made
+        n = len(stopped.token_ids)
+        assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (free.text[:at], "stop", stop)
+        assert stopped.token_ids == free.token_ids[:n]
+        assert stop in llm.tokenizer.decode(stopped.token_ids)
+        assert stop not in llm.tokenizer.decode(stopped.token_ids[:-1])
+        assert n <= made <= n + 2 < 40, "the engine goes on for the steps under way alone"
+        assert not llm.engine.has_unfinished or llm.engine.step() == []
+        assert llm.engine.stats().scheduler.pages_used == 0
+        including = generate(llm, "the cat", stop=stop, include_stop_str_in_output=True, **LONG)[0]
+        assert including.text == free.text[: at + len(stop)]
+        later = generate(llm, "the cat", stop=stop, min_tokens=n, **LONG)[0]
+        assert len(later.token_ids) > n
+
+    def test_streams_are_the_same_and_other_answers_go_on(self, llm):
+        texts = ["the cat", "on the mat", ""]
+        free = llm.generate(texts, n=2, **LONG)
+        stop = [free[0].outputs[1].text[5:8], free[2].outputs[0].text[20:22]]
+        stopped = llm.generate(texts, n=2, stop=stop, **LONG)
+        stream = llm.stream(texts, n=2, stop=stop, **LONG)
+        assert joined(stream) == plain(stopped)
+        assert [[o.outputs, o.prompt_token_ids] for o in stream.outputs()] == [
+            [o.outputs, o.prompt_token_ids] for o in stopped
+        ]
+        for with_stop, without in zip(stopped, free, strict=True):
+            for ours, theirs in zip(with_stop.outputs, without.outputs, strict=True):
+                cuts = [theirs.text.index(s) for s in stop if s in theirs.text]
+                assert ours.finish_reason == ("stop" if cuts else "length")
+                assert theirs.text.startswith(ours.text)
+                assert len(ours.text) == min(cuts, default=len(theirs.text))
+        assert stopped[0].outputs[1].stop_reason == stop[0]
+        assert {o.finish_reason for r in stopped for o in r.outputs} == {"stop", "length"}
+
+    def test_streams_in_turns(self, llm):
+        """What waits in the mailbox of a stream for an answer that has ended is dropped."""
+        free = generate(llm, "the cat", **LONG)[0]
+        stop = free.text[4:7]
+        expected = plain(llm.generate(["the cat"], stop=stop, **LONG))
+        first, second = llm.stream("the cat", stop=stop, **LONG), llm.stream("sat", **LONG)
+        event = next(iter(first))
+        assert len(list(second)) == 40
+        found = joined([event, *first])
+        assert found == expected
+
+    def test_stop_token_ids(self, llm):
+        free = generate(llm, "the cat", **LONG)[0]
+        token = free.token_ids[7]
+        n = free.token_ids.index(token) + 1
+        stopped = generate(llm, "the cat", stop_token_ids=[token], **LONG)[0]
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)
+        assert stopped.token_ids == free.token_ids[:n]
+        assert stopped.text == llm.tokenizer.decode(free.token_ids[: n - 1])
+
+    def test_special_tokens_in_the_text(self, llm):
+        """Of the tokens 0 to 2 alone the text is empty, or all of them written out."""
+        params = {"allowed_token_ids": [0, 1], "max_tokens": 6, "ignore_eos": True, "temperature": 1.0, "seed": 0}
+        assert generate(llm, "the cat", **params)[0].text == ""
+        answer = generate(llm, "the cat", skip_special_tokens=False, **params)[0]
+        assert answer.text == "".join({0: "<unk>", 1: "<s>"}[i] for i in answer.token_ids)
+        stream = llm.stream("the cat", skip_special_tokens=False, **params)
+        assert joined(stream)[0, 0][0] == answer.text
+
+
+class TestBestOf:
+    def test_the_most_likely_of_the_same_answers(self, llm):
+        params = {"max_tokens": 8, "temperature": 1.5, "seed": 4}
+        every = llm.generate("the cat", n=6, logprobs=0, **params)[0].outputs
+        ranked = sorted(every, key=lambda a: a.cumulative_logprob, reverse=True)
+        assert len({a.token_ids for a in every}) > 2
+        best = llm.generate("the cat", n=2, best_of=6, **params)[0].outputs
+        assert [(a.index, a.token_ids, a.logprobs) for a in best] == [
+            (i, a.token_ids, None) for i, a in enumerate(ranked[:2])
+        ]
+        scored = llm.generate("the cat", best_of=6, logprobs=0, **params)[0].outputs
+        assert [a.cumulative_logprob for a in scored] == pytest.approx([ranked[0].cumulative_logprob], abs=1e-5)
+
+    def test_cannot_be_streamed(self, llm):
+        with pytest.raises(RequestError, match="best_of=2 with n=1 cannot be streamed"):
+            llm.stream("the cat", best_of=2)
+        assert not llm.engine.has_unfinished
+
+
+def test_logprobs_of_the_prompt(llm):
+    ids = prompts(300)[2]
+    (request,) = llm.generate([ids], prompt_logprobs=2, max_tokens=2)
+    exact = np.asarray(jax.nn.log_softmax(llm.forward([ids])[0]), np.float64)
+    first, *others = request.prompt_logprobs
+    assert first is None
+    assert len(others) == len(ids) - 1
+    for position, of_token in enumerate(others):
+        row, token = exact[position], ids[position + 1]
+        assert next(iter(of_token)) == token
+        assert set(of_token) == {token, *np.argsort(-row)[:2].tolist()}
+        for i, found in of_token.items():
+            assert found.logprob == pytest.approx(row[i], abs=1e-4)
+            assert found.rank == 1 + (row > row[i]).sum()
+            assert found.decoded_token == llm.tokenizer.decode([i], skip_special=False)
+    assert llm.generate([ids], max_tokens=2)[0].prompt_logprobs is None
 
 
 class TestForward:
@@ -252,8 +384,13 @@ class TestMistakes:
             generate(without, "")
 
     def test_text_without_a_tokenizer(self, llm):
+        without = LLM(LoadedModel(llm.config, llm.mesh, llm.weights), **SMALL)
         with pytest.raises(RequestError, match="without a tokenizer"):
-            generate(LLM(LoadedModel(llm.config, llm.mesh, llm.weights)), "the")
+            generate(without, "the")
+        for call in (without.generate, without.stream):
+            with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+                call([[1, 2]], stop="x")
+        assert not without.engine.has_unfinished
 
     def test_mesh_that_does_not_fit_the_heads(self, folder):
         with pytest.raises(MeshError, match="Sizes that work"):

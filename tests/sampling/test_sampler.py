@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sharded_llama.errors import RequestError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import MAX_LOGPROBS, SamplingParams, log_normalizer, pack_rows, sample
 from sharded_llama.sampling.sampler import sample_rows
@@ -160,38 +159,3 @@ def test_noise_depends_on_seed_and_position():
     assert len(set(one)) > 10
     high = SamplingParams(seed=1 + 2**40)
     assert (sample_many(logits, high, 64) == one).mean() < 0.3, "the upper half of the seed counts"
-
-
-class TestParams:
-    @pytest.mark.parametrize(
-        "bad",
-        [
-            {"temperature": -1},
-            {"temperature": float("nan")},
-            {"temperature": "hot"},
-            {"temperature": float("inf")},
-            {"top_k": -1},
-            {"top_k": 1.5},
-            {"top_k": True},
-            {"top_p": 0.0},
-            {"top_p": 1.1},
-            {"min_p": -0.1},
-            {"min_p": 2},
-            {"seed": 2**64},
-            {"seed": 0.5},
-            {"max_tokens": 0},
-            {"max_tokens": None},
-        ],
-        ids=str,
-    )
-    def test_out_of_bounds(self, bad):
-        with pytest.raises(RequestError, match=f"{next(iter(bad))}=.* must be "):
-            SamplingParams(**bad)
-
-    def test_negative_and_large_seeds(self):
-        rows = pack_rows([SamplingParams(seed=s) for s in (-1, 2**64 - 1, 2**32 + 5)])
-        np.testing.assert_array_equal(rows.seed_B2, [[2**32 - 1] * 2, [2**32 - 1] * 2, [1, 5]])
-
-    def test_given_values_take_the_place_of_defaults(self):
-        made = SamplingParams.make({"temperature": 0.6, "top_p": 0.9}, top_p=0.5, top_k=None)
-        assert (made.temperature, made.top_p, made.top_k) == (0.6, 0.5, 0)
