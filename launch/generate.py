@@ -2,6 +2,7 @@ r"""Generates text from a checkpoint.
 
     python -m launch.generate --checkpoint=FOLDER --prompt="Once upon a time"
     python -m launch.generate --config=configs/demo.py --simulate_devices=8 --mesh=data:2,model:4
+    python -m launch.generate --checkpoint=FOLDER --prompt="Q: Why?\nA:" --sampler="temperature(0.7) top_p(0.9)" --n=3
     python -m launch.generate --checkpoint=FOLDER --chat
 
 Several prompts run together. With --chat each line of the terminal is a message, answered as the checkpoint's chat
@@ -139,9 +140,12 @@ def read_input() -> list[str]:
 
 def main() -> None:
     settings = sampling_flags.sampling_settings()
+    options = engine_flags.engine_options()
+    if "entropy" in settings:
+        options["entropy_sampler"] = True
     if CHAT.value:
         check_chat(settings)
-        converse(common.load_model(**engine_flags.engine_options()), SYSTEM.value, settings)
+        converse(common.load_model(**options), SYSTEM.value, settings)
         return
     if SYSTEM.value is not None:
         raise RequestError("--system belongs to a conversation: add --chat.")
@@ -149,7 +153,7 @@ def main() -> None:
         raise RequestError("--logprobs are written with the answers: add --output=FILE.")
     # Every process has to run the same prompts; only process 0 needs to have them, and it alone writes.
     prompts = broadcast_from_main(read_input)
-    llm = common.load_model(**engine_flags.engine_options())
+    llm = common.load_model(**options)
     answer(llm, llm.stream(prompts, **settings), Printer(prompts, settings.get("n", 1)))
 
 

@@ -73,12 +73,10 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
         for name, neutral in hf_fields.GENERATION_NEUTRAL.items():
             if raw.get(name) is not None and raw[name] not in neutral:
                 logger.warning("%s: %s=%r is not supported and has no effect.", file, name, raw[name])
-    with naming(file):
         penalty = _positive(raw, "repetition_penalty", 1.0)
-    penalties = {} if penalty == 1.0 else {"repetition_penalty": penalty}
-    if raw.get("do_sample") is not True:
-        return {"do_sample": False} | penalties
-    with naming(file):
+        penalties = {} if penalty == 1.0 else {"repetition_penalty": penalty}
+        if raw.get("do_sample") is not True:
+            return {"do_sample": False, **penalties}
         _positive(raw, "top_p", 1.0)  # 0 would keep no token
         top_k = _get(raw, "top_k", 50)
         if top_k != 0:
@@ -89,7 +87,8 @@ def read_generation_config(folder: str | os.PathLike) -> dict[str, Any]:
             "top_k": top_k,
             "top_p": _probability(raw, "top_p", 1.0),
             "min_p": _probability(raw, "min_p", 0.0),
-        } | penalties
+            **penalties,
+        }
 
 
 def _get(raw: Mapping[str, Any], name: str, default: Any) -> Any:

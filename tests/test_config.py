@@ -512,7 +512,14 @@ def test_invalid_sampling_defaults(tmp_path, raw, message):
 
 
 def test_unsupported_sampling_defaults_are_named_in_a_warning(tmp_path, caplog):
-    raw = {"repetition_penalty": 1.1, "penalty_alpha": 0.6, "num_beams": 1, "no_repeat_ngram_size": 3, "max_length": 4096, "typical_p": 1.0}
+    raw = {
+        "repetition_penalty": 1.1,
+        "penalty_alpha": 0.6,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 3,
+        "max_length": 4096,
+        "typical_p": 1.0,
+    }
     write(tmp_path, raw, name="generation_config.json")
     read_generation_config(tmp_path)
     messages = [r.getMessage() for r in caplog.records]

@@ -13,6 +13,8 @@ from hf_reference import make_model, save
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["0 1", "the quick", ""]
+# All processes compile alike, and what is compared is what they give.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

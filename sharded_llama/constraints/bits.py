@@ -29,6 +29,11 @@ def all_of(vocab_size: int) -> np.ndarray:
     return of_flags(np.ones(vocab_size, bool))
 
 
+def has(words_W: np.ndarray, token: int) -> bool:
+    """Whether a token is in a set; none beyond its words is."""
+    return 0 <= token < 32 * len(words_W) and bool(words_W[token // 32] >> np.uint32(token % 32) & 1)
+
+
 def clear(words_W: np.ndarray, token: int) -> None:
     """Takes one token out, in place."""
     words_W[token // 32] &= ~np.uint32(1 << (token % 32))

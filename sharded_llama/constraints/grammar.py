@@ -2,7 +2,8 @@
 
 The library keeps a parser per answer and, shared by all answers of a grammar, a lexer that is built as it is used. Both
 are bounded by `LIMITS`; what exceeds them is refused when it is compiled, or ends the answer with an error. Nothing
-is ever let through.
+is ever let through. An answer that hits a limit is tried once more with a lexer of its own: others may have used up
+the one that it shared.
 """
 
 import json
@@ -61,10 +62,9 @@ class GrammarCompiler:
         when it is beyond the limits, and where llguidance is not installed.
         """
         with self._lock:
-            known = self._cache.get(structured)
-            if known is not None and not known.spent:
+            if structured in self._cache:
                 self._cache.move_to_end(structured)
-                return known
+                return self._cache[structured]
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(*self._arguments)
         grammar = Grammar(_definition(structured), self._vocabulary, structured.form)
@@ -80,15 +80,12 @@ class Grammar:
 
     def __init__(self, definition: str, vocabulary: Vocabulary, form: str) -> None:
         """Raises RequestError when the library refuses the definition, or it permits no answer."""
-        library = llguidance()
-        limits = library.LLParserLimits(**LIMITS)
+        self._definition = definition
         self.vocabulary = vocabulary
-        self.spent = False  # an answer has hit a limit: its lexer is the others' too, and may have no states left
         self.first_W = np.zeros_like(vocabulary.text_W)  # (W,) uint32: what an answer may start with
-        self._root = library.LLMatcher(vocabulary.tokens, definition, log_level=0, limits=limits)
+        self._root = self._new_root()
+        self._lock = threading.Lock()
         try:
-            _check(self._root)
-            self.start().mask(self.first_W)
             self._probe()
         except ConstraintError as e:
             raise RequestError(f"structured_outputs.{form} cannot be used: {e}") from None
@@ -96,11 +93,26 @@ class Grammar:
 
     def start(self) -> "Matcher":
         """The state before the first token of an answer."""
-        return Matcher(self, self._root.deep_copy())
+        return Matcher(self, self._root)
+
+    def renew(self, worn: Any) -> Any:
+        """A root with an empty lexer in place of `worn`, for the answers to come too."""
+        with self._lock:
+            if self._root is worn:
+                self._root = self._new_root()
+            return self._root
+
+    def _new_root(self) -> Any:
+        """An llguidance.LLMatcher at the start; its copies share its lexer."""
+        library = llguidance()
+        limits = library.LLParserLimits(**LIMITS)
+        return library.LLMatcher(self.vocabulary.tokens, self._definition, log_level=0, limits=limits)
 
     def _probe(self) -> None:
         """Makes the start of an answer: what is too complex shows after a token or two. Raises ConstraintError."""
-        matcher, words_W = self.start(), self.first_W.copy()
+        matcher = Matcher(self, self._root, renewable=False)
+        matcher.mask(self.first_W)
+        words_W = self.first_W.copy()
         for _ in range(PROBED):
             token = bits.lowest(words_W)
             if token is None or token in self.vocabulary.end_ids:
@@ -112,11 +124,14 @@ class Grammar:
 class Matcher:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, grammar: Grammar, parser: Any) -> None:
+    def __init__(self, grammar: Grammar, root: Any, renewable: bool = True) -> None:
+        """Args: root: llguidance.LLMatcher at the start. renewable: try again once where a limit is hit."""
         self._grammar = grammar
         self._vocabulary = grammar.vocabulary
-        self._parser = parser  # llguidance.LLMatcher, at the start
-        self._started = False
+        self._root = root
+        self._renewable = renewable
+        self._parser = root.deep_copy()
+        self._tokens: list[int] = []
         self._ended = False  # by an end-of-sequence token
 
     @property
@@ -144,37 +159,44 @@ class Matcher:
         out_W[:] = 0
         if not self.finished:
             words_W = np.frombuffer(self._parser.compute_bitmask(), "<u4")
+            if self._parser.is_error() and self._renew():
+                words_W = np.frombuffer(self._parser.compute_bitmask(), "<u4")
             self._check()
-            allowed_W = self._vocabulary.text_W if self._started else self._vocabulary.first_W
-            np.bitwise_and(words_W[: len(out_W)], allowed_W, out=out_W)
+            np.bitwise_and(words_W[: len(out_W)], self._text_W, out=out_W)
         if self.may_end:
             out_W |= self._vocabulary.end_W
         elif not out_W.any():
             raise ConstraintError("the grammar permits no token of text here.")
 
     def accept(self, token: int) -> None:
-        """Goes on by one token. Raises ConstraintError for one that was not permitted."""
+        """Goes on by one token. Raises ConstraintError for one that was not permitted, or when a limit is hit."""
         if token in self._vocabulary.end_ids and self.may_end:
             self._ended = True
-        elif self._ended or not self._is_text(token) or not self._parser.consume_token(token):
+            return
+        if self._ended or not bits.has(self._text_W, token):
+            raise ConstraintError(f"token {token} is not permitted by the grammar here.")
+        if not self._parser.consume_token(token) and not (self._renew() and self._parser.consume_token(token)):
             self._check()
             raise ConstraintError(f"token {token} is not permitted by the grammar here.")
-        self._started = True
+        self._tokens.append(token)
 
-    def _is_text(self, token: int) -> bool:
-        allowed_W = self._vocabulary.text_W if self._started else self._vocabulary.first_W
-        return 0 <= token < 32 * len(allowed_W) and bool(allowed_W[token // 32] >> np.uint32(token % 32) & 1)
+    @property
+    def _text_W(self) -> np.ndarray:
+        return self._vocabulary.text_W if self._tokens else self._vocabulary.first_W
+
+    def _renew(self) -> bool:
+        """Comes to the same place with an unused lexer. Returns whether that was possible; it is so once."""
+        if not self._renewable:
+            return False
+        self._renewable = False
+        self._root = self._grammar.renew(self._root)
+        self._parser = self._root.deep_copy()
+        return not self._tokens or self._parser.consume_tokens(self._tokens)
 
     def _check(self) -> None:
         if self._parser.is_error():
-            self._grammar.spent = True
-            _check(self._parser)
-
-
-def _check(parser: Any) -> None:
-    if parser.is_error():
-        why = " ".join(parser.get_error().replace("<non-verbose/>", "").split())[:MAX_MESSAGE]
-        raise ConstraintError(f"the grammar cannot go on: {why}")
+            why = " ".join(self._parser.get_error().replace("<non-verbose/>", "").split())[:MAX_MESSAGE]
+            raise ConstraintError(f"the grammar cannot go on: {why}")
 
 
 def _definition(structured: StructuredOutputs) -> str:

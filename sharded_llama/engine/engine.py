@@ -47,6 +47,13 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...]  # (token id, logprob), as many as were asked for
 
 
+class Speculation(NamedTuple):
+    """How good the guesses at an answer's tokens were."""
+
+    drafted: int  # guesses that were checked
+    accepted: int  # of these, right ones
+
+
 class TokenDelta(NamedTuple):
     """What one step added to one answer."""
 
@@ -58,6 +65,7 @@ class TokenDelta(NamedTuple):
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first delta of answer 0, if asked for
     metrics: tuple[TokenMetrics, ...] | None = None  # of these tokens, if the entropy sampler chose them
+    speculation: Speculation | None = None  # on the last delta, if the answer was speculated on
 
 
 @dataclasses.dataclass
@@ -347,25 +355,23 @@ class Engine:
 
     def _read(self, flight: _Flight) -> list[TokenDelta]:
         """Waits for a step's tokens and hands them to the scheduler, which says what they mean."""
-        n_steps = flight.plan.n_steps
+        plan = flight.plan
         sampled = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
-        if n_steps == 1:
-            sampled = Sampled(*(None if x is None else x[None] for x in sampled))
         for rows in flight.scored:
             self._store_scored(rows, sampled)
-        tokens = sampled.tokens_R[:, flight.columns]
-        is_bad = np.isnan(sampled.logprobs_R[:, flight.columns]).any(0)
-        column_of = {id(s): c for s, c in zip(flight.plan.rows, flight.columns.tolist(), strict=True)}
-        bad = {id(s) for s, b in zip(flight.plan.rows, is_bad.tolist(), strict=True) if b} if is_bad.any() else set()
+        sampled = _by_sequence(sampled, flight)
+        n_right = _count_right(plan, sampled.tokens_R) if any(map(any, plan.drafts)) else None
+        is_bad = np.isnan(sampled.logprobs_R)
+        any_bad = is_bad.any()
+        row_of = {id(s): row for row, s in enumerate(plan.rows)}
         deltas = []
-        for sequence, new in self._scheduler.update(flight.plan, tokens):
-            wanted, column = sequence.params.params.logprobs, column_of[id(sequence)]
+        for sequence, new in self._scheduler.update(plan, sampled.tokens_R, n_right):
+            wanted, row = sequence.params.params.logprobs, row_of[id(sequence)]
             error = None
-            if id(sequence) in bad:
-                good = int(np.isnan(sampled.logprobs_R[: len(new), column]).argmax())
-                if np.isnan(sampled.logprobs_R[: len(new), column]).any():
-                    new, error = new[:good], "the model's logits for the next token are not numbers"
-            logprobs = None if wanted is None else _logprobs(sampled, column, len(new), wanted)
+            if any_bad and is_bad[: len(new), row].any():
+                new = new[: int(is_bad[:, row].argmax())]
+                error = "the model's logits for the next token are not numbers"
+            logprobs = None if wanted is None else _logprobs(sampled, row, len(new), wanted)
             if error:
                 deltas.append(self._fail(sequence, tuple(new), logprobs, error))
                 continue
@@ -377,7 +383,8 @@ class Engine:
                     logprobs,
                     sequence.finish_reason,
                     prompt_logprobs=_taken(sequence),
-                    metrics=_metrics(sampled, column, len(new)) if sequence.params.params.entropy else None,
+                    metrics=_metrics(sampled, row, len(new)) if sequence.params.params.entropy else None,
+                    speculation=_speculation(sequence) if sequence.finish_reason else None,
                 )
             )
             if sequence.finish_reason:
@@ -394,8 +401,9 @@ class Engine:
 
     def _store_scored(self, rows: ScoredRows, sampled: Sampled) -> None:
         sampling: SequenceSampling = rows.seq.params
+        scored = Sampled(*(None if x is None else x[None] for x in sampled))
         for position, column in enumerate(rows.columns.tolist(), rows.start + 1):
-            (found,) = _logprobs(sampled, column, 1, sampling.params.prompt_logprobs)
+            (found,) = _logprobs(scored, column, 1, sampling.params.prompt_logprobs)
             sampling.prompt_logprobs[position] = found
 
     def _forget(self, sequence: Sequence) -> None:
@@ -442,6 +450,36 @@ class Engine:
         return [TokenDelta(s.request_id, s.index, (), None, "error", self._dead) for s in unfinished]
 
 
+def _by_sequence(sampled: Sampled, flight: _Flight) -> Sampled:
+    """What was sampled as arrays (tokens, sequences of the plan, ..): of several steps, or of rows beside one another."""
+    n_most = max([flight.plan.n_steps, *flight.plan.n_tokens])
+    if flight.plan.n_steps > 1:
+        return Sampled(*(None if x is None else x[:, flight.columns] for x in sampled))
+    at = np.minimum(flight.columns + np.arange(n_most)[:, None], len(sampled.tokens_R) - 1)
+    return Sampled(*(None if x is None else x[at] for x in sampled))
+
+
+def _count_right(plan: Plan, tokens: np.ndarray) -> list[int]:
+    """Of each sequence's drafts, how many are what was sampled in their places, up to the first that is not.
+
+    Each token is drawn from the model's distribution after the drafts before it, with the noise that it would have without
+    speculation; as long as the drafts are what was drawn, so are the tokens: they are those of plain decoding.
+    """
+    n_right, drafts_of = [0] * len(plan.rows), {}
+    for decode, drafts in zip(plan.decode, plan.drafts, strict=True):
+        drafts_of |= {id(seq): guesses for seq, guesses in zip(decode, drafts, strict=True) if guesses}
+    for row, seq in enumerate(plan.rows):
+        for i, guess in enumerate(drafts_of.get(id(seq), ())):
+            if tokens[i, row] != guess:
+                break
+            n_right[row] += 1
+    return n_right
+
+
+def _speculation(sequence: Sequence) -> Speculation | None:
+    return Speculation(sequence.n_drafted, sequence.n_accepted) if sequence.speculates else None
+
+
 def _metrics(sampled: Sampled, column: int, n_tokens: int) -> tuple[TokenMetrics, ...]:
     return tuple(token_metrics(sampled.metrics_RE[i, column]) for i in range(n_tokens))
 
@@ -452,12 +490,12 @@ def _taken(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
     return None if found is None else tuple(found)
 
 
-def _logprobs(sampled: Sampled, column: int, n_tokens: int, wanted: int) -> tuple[TokenLogprob, ...]:
+def _logprobs(sampled: Sampled, row: int, n_tokens: int, wanted: int) -> tuple[TokenLogprob, ...]:
     result = []
     for i in range(n_tokens):
         top: tuple[tuple[int, float], ...] = ()
         if wanted:
-            ids, values = sampled.top_tokens_RJ[i, column, :wanted], sampled.top_logprobs_RJ[i, column, :wanted]
+            ids, values = sampled.top_tokens_RJ[i, row, :wanted], sampled.top_logprobs_RJ[i, row, :wanted]
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        result.append(TokenLogprob(float(sampled.logprobs_R[i, column]), int(sampled.ranks_R[i, column]), top))
+        result.append(TokenLogprob(float(sampled.logprobs_R[i, row]), int(sampled.ranks_R[i, row]), top))
     return tuple(result)

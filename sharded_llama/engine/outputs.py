@@ -189,7 +189,8 @@ class _Answer:
             self._stop_by_token(delta.token_ids[-1])
         text, n_tokens = self._read(delta.token_ids)
         token_ids, logprobs, metrics = delta.token_ids[:n_tokens], None, None
-        self._texts.append(text)
+        if text:
+            self._texts.append(text)
         self._token_ids += token_ids
         if delta.logprobs is not None:
             logprobs = tuple(map(self._names.logprobs, token_ids, delta.logprobs))
@@ -219,9 +220,11 @@ class _Answer:
         )
 
     def _stop_by_token(self, token: int) -> None:
-        """The token that ended the answer is in its text only if it was asked for."""
-        self._n_hidden = 0 if self._params.include_stop_str_in_output else 1
-        if token in self._params.stop_token_ids and (self._params.ignore_eos or token not in self._eos_ids):
+        """An answer ends with this token, which its text has only if that was asked for."""
+        is_eos = token in self._eos_ids
+        if is_eos or token in self._params.stop_token_ids:
+            self._n_hidden = 0 if self._params.include_stop_str_in_output else 1
+        if token in self._params.stop_token_ids and (self._params.ignore_eos or not is_eos):
             self.stop_reason = token
 
     def _read(self, token_ids: tuple[int, ...]) -> tuple[str, int]:

@@ -57,8 +57,9 @@ class Packer:
         slots, known = self._place(plan)
         slots += self._switched(plan)
         counts = [[self._rows_of(chunk) for chunk in chunks] for chunks in plan.chunks]
+        n_decode = [len(d) + sum(map(len, guesses)) for d, guesses in zip(plan.decode, plan.drafts, strict=True)]
         shape = self.sizes.shape_for(
-            max(len(d) + sum(s for s, _ in c) for d, c in zip(plan.decode, counts, strict=True)),
+            max(n + sum(s for s, _ in c) for n, c in zip(n_decode, counts, strict=True)),
             max(sum(b for _, b in c) for c in counts),
         )
         rows = np.zeros((self.n_shards, shape.n_rows, Column.COUNT), np.int32)
@@ -161,8 +162,9 @@ class Packer:
         rows of prompts that are scored.
         """
         decode = plan.decode[shard]
-        n, first_block = len(decode), 0
-        sampling, scored = list(range(n)), []
+        widths = 1 + np.fromiter(map(len, plan.drafts[shard]), np.int64, len(decode))
+        n, first_block = int(widths.sum()), 0
+        sampling, scored = list(np.cumsum(widths) - widths), []
         for chunk in plan.chunks[shard]:
             n_single, n_blocks = self._rows_of(chunk)
             if n_single:
@@ -189,17 +191,21 @@ class Packer:
                 rows[at.stop - 1, Column.SAMPLES] = 1
                 sampling.append(at.stop - 1)
         if decode:
-            at = slice(0, len(decode))
-            slots = np.fromiter((s.slot for s in decode), np.int32, len(decode))
+            first = sampling[: len(decode)]
+            at = slice(0, int(widths.sum()))
+            slots = np.repeat(np.fromiter((s.slot for s in decode), np.int32, len(decode)), widths)
             rows[at, Column.TOKEN] = FROM_SLOT
-            rows[at, Column.START] = plan.decode_starts[shard]
+            rows[at, Column.START] = np.repeat(np.array(plan.decode_starts[shard]) - first, widths) + np.arange(at.stop)
             rows[at, Column.LENGTH] = 1
             rows[at, Column.SLOT] = slots
-            rows[at, Column.SAMPLES] = 1
+            rows[first, Column.SAMPLES] = 1
             if plan.n_steps > 1:
                 n_pages = np.fromiter((len(s.pages) for s in decode), np.int32, len(decode))
                 rows[at, Column.LIMIT] = n_pages * PAGE_SIZE
             rows[at, Column.TOP_K :] = self._params[shard, slots]
+            for row, seq, guesses in zip(first, decode, plan.drafts[shard], strict=True):
+                if seq.speculates:  # which of its last rows' tokens is the newest only the host knows
+                    rows[row : row + 1 + len(guesses), Column.TOKEN] = [seq.tokens[-1], *guesses]
         return np.array(sampling, np.int64), scored
 
     def _changes(self, plan: Plan, slots: list[tuple], known: list[tuple]) -> list[Work]:

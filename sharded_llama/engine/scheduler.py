@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import operator
 import secrets
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
@@ -76,16 +77,17 @@ class Plan(NamedTuple):
     n_steps: int  # more than 1 only without chunks
     decode: list[list[Sequence]]  # per shard; the token of each one's row is the newest of its slot
     decode_starts: list[list[int]]  # per shard: that token's position
+    drafts: list[list[list[int]]]  # per shard and sequence of `decode`: guesses that follow that token, mostly none
     chunks: list[list[Chunk]]  # per shard, at most one of a sequence; no sequence decodes and has a chunk
     rows: list[Sequence]  # those that sample: of each shard its decode rows, then its last chunks
-    n_tokens: list[int]  # of each row: sampled tokens that count, at most n_steps; what comes after them is dropped
+    n_tokens: list[int]  # of each row: sampled tokens that count, at most n_steps, or one more than its drafts
     table_updates: list[tuple[int, int, int, int]]  # shard, slot, index, page: no two for the same entry
     copies: list[tuple[int, int, int]]  # shard, source page, target page
     placed: list[Sequence]  # those that got a slot
 
 
 class SchedulerStats(NamedTuple):
-    """Sums over the shards; the last three since the start."""
+    """Sums over the shards; from prompt_tokens on since the start."""
 
     running: int
     waiting: int  # forks that wait for their leader included
@@ -94,9 +96,16 @@ class SchedulerStats(NamedTuple):
     prompt_tokens: int  # that were looked up in the prefix cache, at each sequence's first admission
     cached_tokens: int  # of these, found there
     preemptions: int
+    drafted_tokens: int  # guesses that were looked at
+    accepted_tokens: int  # of these, right ones
 
 
 _order = operator.attrgetter("order")
+
+
+def _ready(decoding: list[Sequence]) -> list[Sequence]:
+    """Those of decoding sequences that can go on before more tokens are read."""
+    return [seq for seq in decoding if not seq.speculates or not seq.n_pending]
 
 
 def _insert(ordered: list[Sequence], seq: Sequence) -> None:
@@ -152,6 +161,7 @@ class Scheduler:
         self._placed: list[Sequence] = []
         self._n_added = self._n_plans = self._n_updated = 0
         self._prompt_tokens = self._cached_tokens = self._preemptions = 0
+        self._drafted_tokens = self._accepted_tokens = 0
 
     # What the engine asks for
 
@@ -170,6 +180,8 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             preemptions=self._preemptions,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def check(self) -> None:
@@ -247,7 +259,8 @@ class Scheduler:
         n_steps = self._choose_steps()
         for shard in self._shards:
             self._reserve(shard, n_steps)
-        decode = [list(shard.decoding) for shard in self._shards]
+        decode = [_ready(shard.decoding) for shard in self._shards]
+        drafts = [self._drafts(*of_shard) for of_shard in zip(self._shards, decode, strict=True)]
         chunks: list[list[Chunk]] = [[] for _ in self._shards]
         if n_steps == 1:
             self._place_forks()
@@ -258,32 +271,49 @@ class Scheduler:
             self._admit(chunks)
         if not any(decode) and not any(chunks):
             return None
-        return self._plan(n_steps, decode, chunks)
+        return self._plan(n_steps, decode, drafts, chunks)
 
-    def update(self, plan: Plan, tokens: np.ndarray) -> list[tuple[Sequence, list[int]]]:
-        """Takes in the tokens of a plan, integers (plan.n_steps, len(plan.rows)).
+    def update(
+        self, plan: Plan, tokens: np.ndarray, n_right: Seq[int] | None = None
+    ) -> list[tuple[Sequence, list[int]]]:
+        """Takes in the tokens of a plan, integers (most tokens of a row, len(plan.rows)).
+
+        n_right: how many of each row's drafts are what was sampled, from the first on; needed where there are any.
 
         Returns the new tokens of each row whose sequence was not finished before, in the order of the rows; a stop
         token is the last one. Raises ValueError if the shape is wrong or a later plan has been updated already.
         """
-        if tokens.shape != (plan.n_steps, len(plan.rows)):
-            raise ValueError(f"tokens have shape {tokens.shape}, not {(plan.n_steps, len(plan.rows))}.")
+        n_most = max([plan.n_steps, *plan.n_tokens])
+        if tokens.shape != (n_most, len(plan.rows)):
+            raise ValueError(f"tokens have shape {tokens.shape}, not {(n_most, len(plan.rows))}.")
         if plan.number <= self._n_updated:
             raise ValueError(f"plan {plan.number} comes after plan {self._n_updated}; update them in order.")
         self._n_updated = plan.number
-        n_steps, read = plan.n_steps, []
-        for seq, new, count in zip(plan.rows, tokens.T.tolist(), plan.n_tokens, strict=True):
+        read = []
+        for row, (seq, new, count) in enumerate(zip(plan.rows, tokens.T.tolist(), plan.n_tokens, strict=True)):
             if seq.finish_reason is not None:
                 continue
-            if count < n_steps:
+            seq.n_pending -= count
+            if n_right is not None and count > 1:
+                count = self._accept(seq, count, n_right[row])
+            if count < n_most:
                 del new[count:]
             tokens_of_seq = seq.tokens
             tokens_of_seq += new
-            seq.n_pending -= count
             if len(tokens_of_seq) >= seq.limit or not seq.stop_token_ids.isdisjoint(new):
                 self._end(seq, new)
             read.append((seq, new))
         return read
+
+    def _accept(self, seq: Sequence, count: int, n_right: int) -> int:
+        """How many of a sequence's sampled tokens count: those of right drafts and one more. The rest was for nothing."""
+        seq.n_drafted += count - 1
+        seq.n_accepted += n_right
+        self._drafted_tokens += count - 1
+        self._accepted_tokens += n_right
+        if seq.slot >= 0:  # else it was preempted
+            seq.n_computed -= count - 1 - n_right
+        return n_right + 1
 
     # The parts of a step
 
@@ -308,7 +338,7 @@ class Scheduler:
 
     def _reserve(self, shard: _Shard, n_steps: int) -> None:
         """Gives every decoding sequence pages for its next positions, first to last; preempts the last ones."""
-        growing = [seq for seq in shard.decoding if seq.n_computed + n_steps > seq.n_reserved]
+        growing = [seq for seq in _ready(shard.decoding) if seq.n_computed + n_steps > seq.n_reserved]
         for seq in growing:
             # The last token of all is never computed: it needs no position.
             end = min(seq.n_computed + n_steps, seq.limit - 1)
@@ -320,6 +350,31 @@ class Scheduler:
                     self._append_page(seq, page)
             if seq.slot >= 0:
                 self._close_table(seq, seq.n_computed + n_steps)
+
+    def _drafts(self, shard: _Shard, decode: list[Sequence]) -> list[list[int]]:
+        """The drafts of decoding sequences as far as there are rows and pages for them; none that is not free."""
+        drafts: list[list[int]] = []
+        for seq in decode:
+            if not seq.draft:
+                drafts.append([])
+                continue
+            room = len(shard.free_slots) - shard.extra_rows
+            if self.config.block == 1:
+                room = shard.blocks_left
+            n = min(len(seq.draft), max(0, room), seq.limit - len(seq.tokens) - 1)
+            while seq.n_reserved < seq.n_computed + 1 + n:
+                page = shard.pool.allocate() if shard.pool.n_free else None
+                if page is None:
+                    n = seq.n_reserved - seq.n_computed - 1
+                else:
+                    self._append_page(seq, page)
+            if self.config.block == 1:
+                shard.blocks_left -= n
+            else:
+                shard.extra_rows += n
+            drafts.append(seq.draft[:n])
+            seq.draft = []
+        return drafts
 
     def _append_page(self, seq: Sequence, page: int) -> None:
         self._table_updates.append((seq.shard, seq.slot, len(seq.pages), page))
@@ -431,13 +486,19 @@ class Scheduler:
         self._computed.append(seq)
         return Chunk(seq, start, seq.tokens[start:end], last, scored)
 
-    def _plan(self, n_steps: int, decode: list[list[Sequence]], chunks: list[list[Chunk]]) -> Plan:
+    def _plan(
+        self,
+        n_steps: int,
+        decode: list[list[Sequence]],
+        drafts: list[list[list[int]]],
+        chunks: list[list[Chunk]],
+    ) -> Plan:
         """The plan of what has been chosen; the decode rows' tokens are pending from here on."""
         starts, rows, n_tokens = [], [], []
-        for shard, decoding, of_shard in zip(self._shards, decode, chunks, strict=True):
+        for shard, decoding, guesses, of_shard in zip(self._shards, decode, drafts, chunks, strict=True):
             starts.append([seq.n_computed for seq in decoding])
             rows += decoding
-            n_tokens += self._advance(shard, decoding, n_steps)
+            n_tokens += self._advance(shard, decoding, guesses, n_steps)
             sampling = [chunk.seq for chunk in of_shard if chunk.last]
             rows += sampling
             n_tokens += [1] * len(sampling)
@@ -447,6 +508,7 @@ class Scheduler:
             n_steps=n_steps,
             decode=decode,
             decode_starts=starts,
+            drafts=drafts,
             chunks=chunks,
             rows=rows,
             n_tokens=n_tokens,
@@ -457,10 +519,17 @@ class Scheduler:
         self._table_updates, self._copies, self._placed = [], [], []
         return plan
 
-    def _advance(self, shard: _Shard, decoding: list[Sequence], n_steps: int) -> list[int]:
+    def _advance(
+        self, shard: _Shard, decoding: list[Sequence], drafts: list[list[int]], n_steps: int
+    ) -> list[int]:
         """Counts the decode rows' tokens as pending. Returns how many count, of each row."""
         n_tokens = [n_steps] * len(decoding)
         for row, seq in enumerate(decoding):
+            if seq.speculates:  # how far it comes is not known yet
+                n_tokens[row] = 1 + len(drafts[row])
+                seq.n_computed += n_tokens[row]
+                seq.n_pending = n_tokens[row]
+                continue
             seq.n_computed = end = seq.n_computed + n_steps
             seq.n_pending += n_steps
             if end + 1 >= seq.limit:  # nothing is left to schedule
@@ -502,6 +571,7 @@ class Scheduler:
         """Takes everything from a running sequence; it waits to be computed again from its known tokens."""
         self._release(seq)
         self._disband(seq)
+        seq.draft = []
         _insert(self._waiting, seq)
         self._preemptions += 1
 

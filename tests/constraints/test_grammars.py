@@ -281,20 +281,33 @@ def test_hostile_forms_are_refused_or_stay_within_the_limits(
         except ConstraintError:
             outcomes.add("stops")
     assert outcomes <= {"works", "stops"} if expected == "bounded" else expected in outcomes
-    assert grammar.spent == ("stops" in outcomes)
 
 
-def test_a_grammar_that_hit_a_limit_is_made_anew(tokenizer: Tokenizer):
-    compiler = GrammarCompiler(tokenizer, 1024, (EOS,))
-    form = StructuredOutputs(regex="(a*)*" * 1500)
-    grammar = compiler.compile(form)
-    assert compiler.compile(form) is grammar
-    with pytest.raises(ConstraintError, match=r"^the grammar cannot go on: lexer error: .* constructed$"):
-        random_answer(grammar, tokenizer, 1024, EOS, random.Random(0))
-    assert grammar.spent
-    renewed = compiler.compile(form)
-    assert renewed is not grammar
-    assert not renewed.spent
+def test_answers_do_not_use_up_one_anothers_limits(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Each answer needs some of the lexer's states, all of them together more than there may be."""
+    form = StructuredOutputs(regex="(?s:.*a.{60})")
+    monkeypatch.setitem(grammar_module.LIMITS, "max_lexer_states", 2000)
+    grammar = GrammarCompiler(tokenizer, 1024, (EOS,)).compile(form)
+    renewed = []
+    monkeypatch.setattr(
+        type(grammar), "renew", lambda self, worn, renew=grammar.renew: renewed.append(1) or renew(worn)
+    )
+    ids = tokenizer.encode("a") + tokenizer.encode("b")
+    for i in range(60):
+        rng, matcher, words_W = random.Random(i), grammar.start(), np.zeros(32, np.uint32)
+        for _ in range(30):
+            token = rng.choice(ids)
+            matcher.mask(words_W)
+            assert bits.has(words_W, token)
+            matcher.accept(token)
+    assert 3 <= len(renewed) < 40
+
+
+def test_an_answer_that_hits_a_limit_by_itself(tokenizer: Tokenizer, compiler: GrammarCompiler):
+    grammar = compiler.compile(StructuredOutputs(regex="(a*)*" * 1500))
+    for _ in range(2):
+        with pytest.raises(ConstraintError, match=r"^the grammar cannot go on: lexer error: .* constructed$"):
+            random_answer(grammar, tokenizer, 1024, EOS, random.Random(0))
 
 
 def test_the_cache_is_bounded(tokenizer: Tokenizer):
@@ -332,6 +345,7 @@ def test_bits():
         assert words_W.dtype == np.uint32
         assert len(words_W) == bits.n_words(vocab_size) == -(-vocab_size // 32)
         assert [t for t in range(vocab_size) if words_W[t // 32] >> (t % 32) & 1] == ids == tokens_of(words_W)
+        assert [t for t in range(-1, vocab_size + 70) if bits.has(words_W, t)] == ids
         assert bits.lowest(words_W) == ids[0]
         bits.clear(words_W, ids[0])
         assert tokens_of(words_W) == ids[1:]

@@ -11,12 +11,19 @@ from sharded_llama.engine import memory
 from sharded_llama.engine.engine import Engine
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.memory import plan_pages
-from sharded_llama.engine.options import BLOCK, EngineOptions, check_options, pages_per_sequence, sizes_of
+from sharded_llama.engine.options import (
+    BLOCK,
+    EngineOptions,
+    check_options,
+    modes_of,
+    pages_per_sequence,
+    sizes_of,
+)
 from sharded_llama.engine.steps import StepShape
 from sharded_llama.errors import ConfigError, EngineError, RequestError
 from sharded_llama.kv_cache import PAGE_SIZE, page_bytes
 from sharded_llama.mesh import make_mesh
-from sharded_llama.sampling import SamplingParams
+from sharded_llama.sampling import Mode, SamplingParams
 from sharded_llama.weights import init_weights
 
 CONFIG = LlamaConfig(
@@ -79,6 +86,8 @@ class TestMistakes:
             ({"seed": True}, "seed=True"),
             ({"enable_prefix_caching": "no"}, "enable_prefix_caching='no' must be True or False"),
             ({"deterministic": 1}, "deterministic=1 must be True or False"),
+            ({"entropy_sampler": 1}, "entropy_sampler=1 must be True or False"),
+            ({"entropy_sampler": None}, "entropy_sampler=None must be True or False"),
         ],
     )
     def test_other_values(self, options, message):
@@ -164,6 +173,12 @@ class TestSizes:
             assert sizes.shapes == (StepShape(24, 0, 1),)
             assert (sizes.slots, sizes.block, sizes.max_blocks, sizes.max_tokens) == (8, 1, 24, 24)
             assert (sizes.decode_steps, sizes.shape_for(3, 0)) == (1, StepShape(24, 0, 1))
+
+    def test_the_entropy_sampler_is_a_mode_more_and_changes_no_size(self):
+        off, on = EngineOptions(), EngineOptions(entropy_sampler=True)
+        assert modes_of(off) == (Mode.GREEDY, Mode.SAMPLE, Mode.LOGPROBS)
+        assert modes_of(on) == tuple(Mode)
+        assert sizes_of(off, mesh_of("cpu")) == sizes_of(on, mesh_of("cpu"))
 
     @pytest.mark.parametrize(("length", "n_pages"), [(1, 1), (16, 1), (17, 2), (32, 2), (100, 7)])
     def test_pages_per_sequence(self, length, n_pages):

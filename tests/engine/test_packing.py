@@ -5,16 +5,19 @@ import types
 import numpy as np
 import pytest
 
+from sharded_llama.constraints import bits, row_mask
 from sharded_llama.engine.options import BLOCK, EngineOptions, sizes_of
-from sharded_llama.engine.packing import Packer
-from sharded_llama.engine.runner import PAGE_COPIES, TABLE_CHANGES
+from sharded_llama.engine.packing import Packer, SequenceSampling
+from sharded_llama.engine.runner import PAGE_COPIES, SLOT_CHANGES, TABLE_CHANGES
 from sharded_llama.engine.scheduler import Chunk, Plan
 from sharded_llama.engine.sequence import Sequence
 from sharded_llama.engine.steps import FROM_SLOT, Column
 from sharded_llama.kv_cache import PAGE_SIZE
-from sharded_llama.sampling import SamplingParams
+from sharded_llama.sampling import Mode, SamplingParams
+from sharded_llama.sampling.entropy_settings import EntropySettings, pack_settings
+from sharded_llama.sampling.slots import KNOWN_TOKENS, pack_known, pack_slot
 
-SLOTS, N_PAGES, SHARDS = 8, 30, 2
+SLOTS, N_PAGES, SHARDS, VOCAB = 8, 30, 2, 131
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 SAMPLED = SamplingParams(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(3 << 32) + 4)
 
@@ -31,21 +34,41 @@ def sizes(**options):
 
 @pytest.fixture
 def packer():
-    return Packer(sizes(), SHARDS, N_PAGES)
+    return Packer(sizes(), SHARDS, N_PAGES, VOCAB)
 
 
-def sequence(slot, params=GREEDY, n_pages=3):
-    made = Sequence(request_id=f"s{slot}", prompt=[1], max_tokens=9, params=params)
-    made.slot, made.pages = slot, list(range(n_pages))
+def sequence(slot, params=GREEDY, n_pages=3, prompt=(1,), generated=(), shard=0):
+    """A running sequence, which the scheduler has just placed."""
+    mask = row_mask(params, vocab_size=VOCAB, stop_ids=frozenset([2, 3]), tokenizer=None, grammar=None)
+    sampling = SequenceSampling(params, mask)
+    made = Sequence(request_id=f"s{slot}", prompt=list(prompt), max_tokens=9, params=sampling)
+    made.slot, made.shard, made.pages = slot, shard, list(range(n_pages))
+    made.tokens += generated
     return made
 
 
-def plan_of(decode=((), ()), chunks=((), ()), starts=((), ()), n_steps=1, table_updates=(), copies=()):
-    rows = []
+def plan_of(decode=((), ()), chunks=((), ()), starts=((), ()), n_steps=1, table_updates=(), copies=(), placed=None):
+    """Sequences with a chunk have just been placed, unless others are said to be."""
+    rows, with_chunk = [], []
+    for shard, of_shard in enumerate(chunks):
+        for chunk in of_shard:
+            chunk.seq.shard = shard
+            with_chunk.append(chunk.seq)
     for decoding, of_shard in zip(decode, chunks, strict=True):
         rows += [*decoding, *(chunk.seq for chunk in of_shard if chunk.last)]
-    lists = [list(map(list, of_shards)) for of_shards in (decode, starts, chunks)]
-    return Plan(1, n_steps, *lists, rows, [n_steps] * len(rows), list(table_updates), list(copies))
+    return Plan(
+        number=1,
+        n_steps=n_steps,
+        decode=list(map(list, decode)),
+        decode_starts=list(map(list, starts)),
+        drafts=[[[] for _ in of_shard] for of_shard in decode],
+        chunks=list(map(list, chunks)),
+        rows=rows,
+        n_tokens=[n_steps] * len(rows),
+        table_updates=list(table_updates),
+        copies=list(copies),
+        placed=list(with_chunk if placed is None else placed),
+    )
 
 
 def floats(row):
@@ -68,7 +91,7 @@ def test_decode_rows(packer):
         chunks = [(), ()]
         chunks[shard] = [Chunk(s, 0, [5], True) for s in of_shard]
         packer.pack(plan_of(chunks=chunks))
-    works, columns = packer.pack(plan_of(decode=([first, second], [third]), starts=([20, 7], [33])))
+    works, columns, *_ = packer.pack(plan_of(decode=([first, second], [third]), starts=([20, 7], [33])))
     (work,) = works
     assert (work.n_steps, work.tables_U3, work.copies_C2) == (1, None, None)
     assert work.rows_RX.shape == (SHARDS * SLOTS, Column.COUNT)
@@ -90,7 +113,7 @@ def test_decode_rows(packer):
 def test_rows_that_are_not_used_touch_nothing(packer):
     only = sequence(2)
     admitted(packer, only, sequence(1))
-    (work,), _ = packer.pack(
+    (work,), *_ = packer.pack(
         plan_of(decode=([only], []), starts=([9], []), chunks=([Chunk(sequence(4), 0, [5] * 3, True)], []))
     )
     idle = np.array([row for row in work.rows_RX if not row[Column.LENGTH]])
@@ -104,7 +127,7 @@ def test_rows_that_are_not_used_touch_nothing(packer):
 def test_a_chunk_is_split_into_rows(packer, n_tokens, pieces):
     tokens = list(range(100, 100 + n_tokens))
     chunk = Chunk(sequence(6, SAMPLED), 9, tokens, True)
-    (work,), columns = packer.pack(plan_of(chunks=([], [chunk])))
+    (work,), columns, *_ = packer.pack(plan_of(chunks=([], [chunk])))
     n_single, n_blocks, block = work.shape
     first = n_single + n_blocks + n_single  # of the second shard's rows of several tokens
     rows = used(work)
@@ -122,7 +145,7 @@ def test_a_chunk_is_split_into_rows(packer, n_tokens, pieces):
 
 
 def test_a_chunk_that_is_not_the_last_samples_nothing(packer):
-    (work,), columns = packer.pack(plan_of(chunks=([Chunk(sequence(0), 0, [5] * 20, False)], [])))
+    (work,), columns, *_ = packer.pack(plan_of(chunks=([Chunk(sequence(0), 0, [5] * 20, False)], [])))
     assert not work.rows_RX[:, Column.SAMPLES].any()
     assert columns.tolist() == []
 
@@ -132,7 +155,7 @@ def test_a_chunk_of_one_token_is_a_row_of_one(packer):
     decoding, single, longer = sequence(0), sequence(1), sequence(2)
     admitted(packer, decoding)
     chunks = ([Chunk(longer, 0, [7] * 5, True), Chunk(single, 30, [8], True)], [])
-    (work,), columns = packer.pack(plan_of(decode=([decoding], []), starts=([4], []), chunks=chunks))
+    (work,), columns, *_ = packer.pack(plan_of(decode=([decoding], []), starts=([4], []), chunks=chunks))
     row = work.rows_RX[1]
     assert row[: Column.SAMPLES + 1].tolist() == [8, 30, 1, 1, 1]
     # In the order of plan.rows: those that decode, then the chunks as they stand in the plan.
@@ -144,7 +167,7 @@ def test_columns_are_in_the_order_of_the_plans_rows(packer):
     admitted(packer, a)
     chunks = ([Chunk(b, 0, [7] * 20, True), Chunk(c, 0, [9] * 3, False)], [Chunk(d, 0, [6], True)])
     plan = plan_of(decode=([a], []), starts=([4], []), chunks=chunks)
-    (work,), columns = packer.pack(plan)
+    (work,), columns, *_ = packer.pack(plan)
     assert [s.slot for s in plan.rows] == work.rows_RX[columns, Column.SLOT].tolist() == [5, 1, 0]
     assert work.rows_RX[columns, Column.SAMPLES].tolist() == [1, 1, 1]
 
@@ -152,40 +175,42 @@ def test_columns_are_in_the_order_of_the_plans_rows(packer):
 def test_several_steps_have_the_room_of_their_pages(packer):
     short, long = sequence(0, n_pages=1), sequence(1, n_pages=5)
     admitted(packer, short, long)
-    (work,), _ = packer.pack(plan_of(decode=([short, long], []), starts=([3, 70], []), n_steps=4))
+    (work,), *_ = packer.pack(plan_of(decode=([short, long], []), starts=([3, 70], []), n_steps=4))
     assert work.n_steps == 4
     assert work.rows_RX[:2, Column.LIMIT].tolist() == [PAGE_SIZE, 5 * PAGE_SIZE]
 
 
 @pytest.mark.parametrize(
-    ("params", "greedy"),
+    ("params", "mode"),
     [
-        (GREEDY, True),
-        (SamplingParams(temperature=0.0, seed=0, logprobs=0), True),
-        (SamplingParams(temperature=0.0, seed=0, logprobs=1), False),
-        (SAMPLED, False),
+        (GREEDY, Mode.GREEDY),
+        (SamplingParams(temperature=0.0, seed=0, logprobs=0), Mode.GREEDY),
+        (SamplingParams(temperature=0.0, seed=0, logprobs=1), Mode.LOGPROBS),
+        (SamplingParams(temperature=0.0, seed=0, frequency_penalty=1), Mode.SAMPLE),
+        (SamplingParams(temperature=0.0, seed=0, entropy=EntropySettings()), Mode.ENTROPY),
+        (SAMPLED, Mode.SAMPLE),
     ],
 )
-def test_greedy_only_when_every_row_is(packer, params, greedy):
+def test_the_mode_is_that_of_the_most_demanding_row(packer, params, mode):
     """A slot's parameters are those of the sequence that has it now."""
-    assert packer.pack(plan_of(chunks=([Chunk(sequence(1), 0, [5], True)], []))).works[0].greedy
+    assert packer.pack(plan_of(chunks=([Chunk(sequence(1), 0, [5], True)], []))).works[0].mode == Mode.GREEDY
     plan = plan_of(chunks=([Chunk(sequence(2), 0, [5], True)], [Chunk(sequence(1, params), 0, [5], True)]))
-    assert packer.pack(plan).works[0].greedy == greedy
+    assert packer.pack(plan).works[-1].mode == mode
     decoding = plan_of(decode=([], [sequence(1, params)]), starts=([], [1]))
-    assert packer.pack(decoding).works[0].greedy == greedy
+    assert packer.pack(decoding).works[-1].mode == mode
     packer.pack(plan_of(chunks=([], [Chunk(sequence(1), 0, [5], True)])))
-    assert packer.pack(decoding).works[0].greedy
+    assert packer.pack(decoding).works[-1].mode == Mode.GREEDY
 
 
 def test_a_row_that_does_not_sample_does_not_matter(packer):
     plan = plan_of(chunks=([Chunk(sequence(2), 0, [5], True)], [Chunk(sequence(1, SAMPLED), 0, [5] * 3, False)]))
-    assert packer.pack(plan).works[0].greedy
+    assert packer.pack(plan).works[0].mode == Mode.GREEDY
 
 
 def test_tables_and_copies_that_fit_go_with_the_rows(packer):
     updates = [(1, 3, 0, 17), (0, 2, 1, 9), (1, 3, 1, N_PAGES)]
     plan = plan_of(chunks=([Chunk(sequence(2), 0, [5], True)], []), table_updates=updates, copies=[(1, 4, 8)])
-    (work,), _ = packer.pack(plan)
+    (work,), *_ = packer.pack(plan)
     tables, copies = work.tables_U3.reshape(SHARDS, TABLE_CHANGES, 3), work.copies_C2.reshape(SHARDS, PAGE_COPIES, 2)
     assert tables[0, 0].tolist() == [2, 1, 9]
     assert tables[1, :2].tolist() == [[3, 0, 17], [3, 1, N_PAGES]]
@@ -204,9 +229,9 @@ def test_more_changes_than_fit_one_call(packer, n_tables, n_copies):
     updates = [(i % 2, i % SLOTS, i // SLOTS, i % N_PAGES) for i in range(2 * n_tables)]
     copies = [(1, i % N_PAGES, (i + 1) % N_PAGES) for i in range(n_copies)]
     plan = plan_of(chunks=([Chunk(sequence(2), 0, [5], True)], []), table_updates=updates, copies=copies)
-    works, _ = packer.pack(plan)
+    works, *_ = packer.pack(plan)
     assert len(works) == max(1, -(-n_tables // TABLE_CHANGES), -(-n_copies // PAGE_COPIES))
-    assert all(work.shape is None and not work.rows_RX.size for work in works[:-1])
+    assert all(work.shape is None and work.rows_RX is None for work in works[:-1])
     assert works[-1].shape is not None
     found_updates, found_copies = [[], []], [[], []]
     for work in works:
@@ -222,11 +247,11 @@ def test_more_changes_than_fit_one_call(packer, n_tables, n_copies):
 
 
 def test_deterministic_rows_have_one_token_each():
-    packer = Packer(sizes(deterministic=True), SHARDS, N_PAGES)
+    packer = Packer(sizes(deterministic=True), SHARDS, N_PAGES, VOCAB)
     decoding, long = sequence(1), sequence(2)
     admitted(packer, decoding)
     chunks = ([Chunk(long, 3, [50, 51, 52], True)], [])
-    (work,), columns = packer.pack(plan_of(decode=([decoding], []), starts=([8], []), chunks=chunks))
+    (work,), columns, *_ = packer.pack(plan_of(decode=([decoding], []), starts=([8], []), chunks=chunks))
     assert work.shape == packer.sizes.shapes[0]
     names = [Column.TOKEN, Column.START, Column.LENGTH, Column.SLOT, Column.SAMPLES]
     assert [row[names].tolist() for row in used(work).values()] == [
@@ -240,9 +265,204 @@ def test_deterministic_rows_have_one_token_each():
 
 def test_consecutive_rows_of_a_chunk_are_numbered_in_runs():
     """Each run begins with a 0; a decode row is a run of its own."""
-    packer = Packer(sizes_of(EngineOptions(deterministic=True), mesh(), run_length=4), SHARDS, N_PAGES)
+    packer = Packer(sizes_of(EngineOptions(deterministic=True), mesh(), run_length=4), SHARDS, N_PAGES, VOCAB)
     decoding = sequence(1)
     admitted(packer, decoding)
     chunks = ([Chunk(sequence(2), 7, [5] * 6, True), Chunk(sequence(3), 0, [5] * 2, True)], [])
-    (work,), _ = packer.pack(plan_of(decode=([decoding], []), starts=([8], []), chunks=chunks))
+    (work,), *_ = packer.pack(plan_of(decode=([decoding], []), starts=([8], []), chunks=chunks))
     assert work.rows_RX[:9, Column.RUN_PLACE].tolist() == [0, 0, 1, 2, 3, 0, 1, 0, 1]
+
+
+def slot_changes(work, n_shards=SHARDS):
+    """What a work sets: (shard, slot) -> settings, as `pack_slot` gives them. What fills the array up is left out."""
+    if work.slots_UX is None:
+        return {}
+    assert work.slots_UX.dtype == np.int32
+    of_shards = work.slots_UX.reshape(n_shards, -1, work.slots_UX.shape[1])
+    return {(s, int(x[0])): x[1:] for s, of in enumerate(of_shards) for x in of if x[0] < 1000 and x[0] != FILLER}
+
+
+FILLER = SLOTS  # a slot that is not there
+
+
+def placing(*sequences, **kwargs):
+    """A plan in which sequences were placed and their prompts' last chunks are computed."""
+    chunks = [[], []]
+    for seq in sequences:
+        chunks[seq.shard].append(Chunk(seq, 0, [5], True))
+    return plan_of(chunks=chunks, **kwargs)
+
+
+class TestSlots:
+    """What is kept of slots is set for those that ask for it, made neutral after them, and left alone else."""
+
+    BIASED = SamplingParams(temperature=0.0, seed=0, logit_bias={7: 1.5, 130: -100.0})
+    ALLOWED = SamplingParams(temperature=0.0, seed=0, allowed_token_ids=[3, 40, 130])
+    ENTROPY = SamplingParams(seed=0, entropy=EntropySettings(top_k=9, pause_token=5))
+
+    def test_plain_requests_set_nothing(self, packer):
+        (work,), *_ = packer.pack(placing(sequence(1), sequence(2, SAMPLED, shard=1)))
+        assert (work.slots_UX, work.known_UX) == (None, None)
+
+    @pytest.mark.parametrize("params", [BIASED, ALLOWED, ENTROPY], ids=["bias", "allowed", "entropy"])
+    def test_what_a_request_asks_for(self, packer, params):
+        (work,), _, _, masked = packer.pack(placing(sequence(1), sequence(6, params, shard=1)))
+        allowed_W = None if params.allowed_token_ids is None else bits.of_ids(params.allowed_token_ids, VOCAB)
+        entropy_E = None if params.entropy is None else pack_settings(params.entropy)
+        ((at, settings),) = slot_changes(work).items()
+        assert at == (1, 6)
+        np.testing.assert_array_equal(settings, pack_slot(VOCAB, allowed_W, params.logit_bias, entropy_E))
+        assert work.chooses
+        assert not masked
+
+    def test_who_comes_after_gets_a_neutral_slot_once(self, packer):
+        packer.pack(placing(sequence(6, self.BIASED)))
+        (other,), *_ = packer.pack(placing(sequence(5), sequence(6, shard=1)))
+        assert other.slots_UX is None, "another slot, and the same of another shard"
+        (work,), *_ = packer.pack(placing(sequence(6)))
+        ((at, settings),) = slot_changes(work).items()
+        assert at == (0, 6)
+        np.testing.assert_array_equal(settings, pack_slot(VOCAB))
+        (again,), *_ = packer.pack(placing(sequence(6)))
+        assert again.slots_UX is None
+
+    def test_a_sequence_that_lost_its_slot_again_is_left_out(self, packer):
+        lost = sequence(-1, self.BIASED)
+        lost.shard = -1
+        (work,), *_ = packer.pack(plan_of(chunks=([Chunk(sequence(1), 0, [5], True)], []), placed=[lost]))
+        assert work.slots_UX is None
+
+    def test_more_changes_than_a_small_array_takes(self):
+        """Up to SLOT_CHANGES of a shard go in a small array, more in one with all slots."""
+        n = SLOT_CHANGES + 3
+        made = sizes(max_num_seqs=SHARDS * 2 * SLOT_CHANGES, max_num_batched_tokens=None)
+        packer = Packer(made, SHARDS, N_PAGES, VOCAB)
+        for count, size in ((2, SLOT_CHANGES), (SLOT_CHANGES, SLOT_CHANGES), (n, 2 * SLOT_CHANGES)):
+            given = [sequence(slot, self.BIASED, shard=1) for slot in range(count)]
+            (work,), *_ = packer.pack(placing(*given))
+            assert len(work.slots_UX) == SHARDS * size
+            slots = work.slots_UX.reshape(SHARDS, size, -1)[:, :, 0]
+            assert slots[1].tolist() == [*range(count), *[made.slots] * (size - count)]
+            assert (slots[0] == made.slots).all()
+
+    def test_the_least_length_switches_the_mask(self, packer):
+        """Until min_tokens are generated stop tokens are masked; the step that samples the next one changes that."""
+        params = SamplingParams(seed=0, min_tokens=3)
+        seq = sequence(4, params)
+        seq.one_by_one = True
+        no_stop = pack_slot(VOCAB, bits.all_of(VOCAB) & ~bits.of_ids([2, 3], VOCAB))
+        seq.n_pending = 1
+        (work,), *_ = packer.pack(placing(seq))
+        np.testing.assert_array_equal(slot_changes(work)[0, 4], no_stop)
+        changes = []
+        for n_pending, n_known in ((2, 0), (2, 1), (2, 2), (1, 4)):  # this step's token is pending, and one in flight
+            seq.n_pending, seq.tokens = n_pending, [1, *[9] * n_known]
+            (work,), *_ = packer.pack(plan_of(decode=([seq], []), starts=([1], [])))
+            changes.append(slot_changes(work).get((0, 4)))
+        # The fourth generated token, after three, is the first that may end the answer.
+        assert [c is None for c in changes] == [True, True, False, True]
+        np.testing.assert_array_equal(changes[2], pack_slot(VOCAB, bits.all_of(VOCAB)))
+        assert not seq.one_by_one
+
+    def test_a_preempted_one_gets_the_mask_of_its_length(self, packer):
+        params = SamplingParams(seed=0, min_tokens=3)
+        for n_generated in (2, 3):
+            (work,), *_ = packer.pack(placing(sequence(4, params, generated=[9] * n_generated)))
+            usual = bits.all_of(VOCAB) if n_generated == 3 else bits.all_of(VOCAB) & ~bits.of_ids([2, 3], VOCAB)
+            np.testing.assert_array_equal(slot_changes(work)[0, 4], pack_slot(VOCAB, usual))
+
+
+class TestCounts:
+    PENALISED = SamplingParams(temperature=0.0, seed=0, presence_penalty=0.5)
+
+    @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+    def test_every_penalty_counts_the_tokens_that_are_there(self, packer, name):
+        params = SamplingParams(temperature=0.0, seed=0, **{name: 1.25})
+        seq = sequence(3, params, prompt=[8, 5, 8], generated=[9, 9], shard=1)
+        (work,), *_ = packer.pack(placing(seq))
+        known = work.known_UX.reshape(SHARDS, -1)
+        np.testing.assert_array_equal(known[1], pack_known(3, [8, 5, 8], [9, 9])[0])
+        assert known[0, 0] == SLOTS, "nothing for the other shard"
+        assert work.slots_UX is None
+        row = work.rows_RX[work.rows_RX[:, Column.LENGTH] > 0][0]
+        columns = {"presence_penalty": Column.PRESENCE, "frequency_penalty": Column.FREQUENCY}
+        column = columns.get(name, Column.REPETITION)
+        assert row[[column]].view(np.float32).tolist() == [1.25]
+
+    def test_several_of_a_shard_take_several_calls(self, packer):
+        """One sequence of each shard in a call, a long one in several, in order; the rows come with the last."""
+        long = sequence(2, self.PENALISED, prompt=[1], generated=[5] * (KNOWN_TOKENS + 10))
+        other, third = sequence(1, self.PENALISED, shard=1), sequence(7, self.PENALISED)
+        works, *_ = packer.pack(placing(long, third, other))
+        assert [work.shape is None for work in works] == [True, True, False]
+        known = np.stack([work.known_UX.reshape(SHARDS, -1) for work in works])
+        assert known[:, 0, 0].tolist() == [2, 2, 7]
+        assert known[:, 0, 1].tolist() == [1, 0, 1], "the counts begin anew with the first part alone"
+        assert known[:, 1, 0].tolist() == [1, SLOTS, SLOTS]
+
+
+class TestDynamicMasks:
+    """Rows whose mask their last token decides: the choice waits for it."""
+
+    def test_the_choice_comes_apart(self, packer):
+        free, waiting = sequence(1), sequence(2, shard=1)
+        waiting.params.mask = types.SimpleNamespace(is_dynamic=True)
+        (work,), _, _, masked = packer.pack(placing(free, waiting))
+        assert (work.chooses, masked) == (False, [waiting])
+        np.testing.assert_array_equal(slot_changes(work)[1, 2], pack_slot(VOCAB))
+        allowed_W = bits.of_ids([4, 100], VOCAB)
+        (end,) = packer.masks([(waiting, allowed_W)])
+        assert (end.shape, end.rows_RX, end.chooses) == (None, None, True)
+        ((at, settings),) = slot_changes(end).items()
+        assert at == (1, 2)
+        np.testing.assert_array_equal(settings, pack_slot(VOCAB, allowed_W))
+
+    def test_a_row_that_does_not_sample_waits_for_nothing(self, packer):
+        waiting = sequence(2)
+        waiting.params.mask = types.SimpleNamespace(is_dynamic=True)
+        (work,), _, _, masked = packer.pack(plan_of(chunks=([Chunk(waiting, 0, [5] * 3, False)], [])))
+        assert (work.chooses, masked) == (True, [])
+
+    def test_without_any_mask_left_the_choice_is_still_made(self, packer):
+        (end,) = packer.masks([])
+        assert (end.slots_UX, end.chooses) == (None, True)
+
+
+class TestScoredPrompts:
+    """Each token is a row of its own and is told which one follows it."""
+
+    PARAMS = SamplingParams(temperature=0.0, seed=0, prompt_logprobs=2)
+
+    def scored(self, packer, start, count, last):
+        prompt = [50, 51, 52, 0, 54, 55]
+        seq = sequence(6, self.PARAMS, prompt=prompt)
+        decoding = sequence(1)
+        admitted(packer, decoding)
+        chunk = Chunk(seq, start, prompt[start : start + count], last, scored=True)
+        plan = plan_of(decode=([], [decoding]), starts=([], [4]), chunks=([], [chunk]))
+        return seq, packer.pack(plan)
+
+    def test_the_first_part(self, packer):
+        seq, ((work,), columns, scored, _) = self.scored(packer, 0, 4, False)
+        first = work.shape.n_single + 1  # behind the second shard's decode row
+        rows = [work.rows_RX[first + i] for i in range(4)]
+        names = [Column.TOKEN, Column.START, Column.LENGTH, Column.SLOT, Column.SAMPLES, Column.FORCED]
+        assert [row[names].tolist() for row in rows] == [
+            [50, 0, 1, 6, 0, 52],
+            [51, 1, 1, 6, 0, 53],
+            [52, 2, 1, 6, 0, 1],  # token 0
+            [0, 3, 1, 6, 0, 55],
+        ]
+        assert len(scored) == 1
+        assert (scored[0].seq, scored[0].start) == (seq, 0)
+        assert scored[0].columns.tolist() == [first, first + 1, first + 2, first + 3]
+        assert columns.tolist() == [first - 1]
+        assert work.mode == Mode.LOGPROBS
+
+    def test_the_last_part_samples_its_end(self, packer):
+        _, ((work,), columns, scored, _) = self.scored(packer, 4, 2, True)
+        first = work.shape.n_single + 1
+        assert work.rows_RX[first : first + 2, Column.FORCED].tolist() == [56, 0]
+        assert work.rows_RX[first : first + 2, Column.SAMPLES].tolist() == [0, 1]
+        assert scored[0].columns.tolist() == [first]
+        assert columns.tolist() == [first - 1, first + 1]

@@ -8,12 +8,16 @@ import jax
 import pytest
 
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.options import EngineOptions, sizes_of
+from sharded_llama.engine.options import EngineOptions, modes_of, sizes_of
 from sharded_llama.engine.runner import Runner
-from sharded_llama.engine.steps import StepShape
+from sharded_llama.engine.steps import Column, StepShape
 from sharded_llama.kv_cache import page_bytes
 from sharded_llama.mesh import make_mesh
-from sharded_llama.sampling.params import MAX_LOGPROBS
+from sharded_llama.sampling import Mode
+from sharded_llama.sampling.entropy_settings import N_SETTINGS
+from sharded_llama.sampling.filters import K
+from sharded_llama.sampling.params import MAX_BIAS, MAX_LOGPROBS
+from sharded_llama.sampling.slots import n_words
 from sharded_llama.sharding import padded
 from sharded_llama.weights import abstract_weights
 
@@ -36,10 +40,13 @@ DECODE, MIXED = StepShape(SLOTS, 0, 1), StepShape(SLOTS, 2, 16)
 
 
 @functools.cache  # what one test compiled need not be compiled for another
-def make_runner(mesh_shape, n_pages=N_PAGES, table_width=TABLE_WIDTH, kv_dtype="auto", decode_steps=4):
+def make_runner(mesh_shape, n_pages=N_PAGES, table_width=TABLE_WIDTH, kv_dtype="auto", decode_steps=4, entropy=False):
     mesh, data = make_mesh(*mesh_shape), mesh_shape[0]
     options = EngineOptions(
-        max_num_seqs=data * DECODE.n_tokens, max_num_batched_tokens=data * MIXED.n_tokens, decode_steps=decode_steps
+        max_num_seqs=data * DECODE.n_tokens,
+        max_num_batched_tokens=data * MIXED.n_tokens,
+        decode_steps=decode_steps,
+        entropy_sampler=entropy,
     )
     return Runner(
         CONFIG,
@@ -50,6 +57,7 @@ def make_runner(mesh_shape, n_pages=N_PAGES, table_width=TABLE_WIDTH, kv_dtype="
         n_pages=n_pages,
         table_width=table_width,
         kv_dtype=kv_dtype,
+        modes=modes_of(options),
     )
 
 
@@ -73,16 +81,39 @@ def test_pages_are_updated_in_place(mesh_shape, kv_dtype):
         assert executable.memory_analysis().alias_size_in_bytes == expected
 
 
+def slot_bytes(model):
+    """Of one device, by what is changed: the counts of its part of the vocabulary; masks, biases, settings."""
+    counts = 4 * SLOTS * padded(CONFIG.vocab_size, model) // model
+    others = 4 * SLOTS * (n_words(CONFIG.vocab_size) + 2 * MAX_BIAS + N_SETTINGS)
+    return counts, others
+
+
 def test_what_else_stays_on_the_device_is_updated_in_place():
     runner = make_runner((2, 4))
     pages, newest = N_PAGES * page_bytes(CONFIG, runner.mesh, "auto"), 4 * SLOTS
+    counts, others = slot_bytes(4)
     for executable, expected in (
         (runner._decode_several(DECODE, 4, Mode.GREEDY), pages + newest),
         (runner._choose(DECODE.n_rows, Mode.GREEDY), newest),
-        (runner._choose(DECODE.n_rows, Mode.SAMPLE), newest),
+        (runner._choose(DECODE.n_rows, Mode.SAMPLE), newest + counts + others),
+        (runner._change_slots(SLOTS), counts + others),
+        (runner._count_known(), counts),
         (runner._set_tables(), 4 * SLOTS * TABLE_WIDTH),
     ):
         assert executable.memory_analysis().alias_size_in_bytes == expected
+
+
+def test_greedy_steps_do_without_the_slots():
+    """They are neither given nor touched: a step's arguments are logits, their normalizers, newest tokens and rows."""
+    runner = make_runner((2, 4))
+    rows, vocab = 2 * SLOTS, padded(CONFIG.vocab_size, 4)
+    greedy, sampled = (runner._choose(DECODE.n_rows, mode) for mode in (Mode.GREEDY, Mode.SAMPLE))
+    shapes = [sorted(x.shape for x in jax.tree.leaves(of.args_info)) for of in (greedy, sampled)]
+    assert shapes[0] == sorted([(rows, vocab), (rows,), (rows,), (rows, Column.COUNT)])
+    kept = [(rows, vocab), (rows, n_words(CONFIG.vocab_size)), (rows, MAX_BIAS), (rows, MAX_BIAS), (rows, N_SETTINGS)]
+    assert shapes[1] == sorted(shapes[0] + kept)
+    several = runner._decode_several(DECODE, 4, Mode.GREEDY)
+    assert not {(rows, MAX_BIAS), (rows, N_SETTINGS)} & {x.shape for x in jax.tree.leaves(several.args_info)}
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
@@ -138,19 +169,74 @@ def test_two_all_reduces_per_layer(mesh_shape):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("mode", [Mode.GREEDY, Mode.SAMPLE])
-def test_the_sampler_exchanges_little(mesh_shape, greedy):
-    """Over the vocabulary two candidates per row (or the row of logits), the token's logit and rank; over the data
-    what was sampled."""
+def test_the_greedy_sampler_exchanges_little(mesh_shape):
+    """Over the vocabulary two candidates per row, the token's logit and rank; over the data what was sampled."""
     runner, (data, model) = make_runner(mesh_shape), mesh_shape
-    found = collectives(runner._choose(DECODE.n_rows, greedy))
+    found = collectives(runner._choose(DECODE.n_rows, Mode.GREEDY))
     sums, gathers = ([math.prod(of) for of in found.pop(kind)] for kind in ("all-reduce", "all-gather"))
     assert not any(found.values())
     assert sums == [SLOTS] * 2
-    of_vocabulary = [model * SLOTS] * 2 if greedy else [SLOTS * padded(CONFIG.vocab_size, model)]
-    # Tokens, their log-probabilities and ranks; where tokens are sampled, the most likely ones and theirs too.
-    sampled = [data * SLOTS] * 3 + ([] if greedy else [data * SLOTS * MAX_LOGPROBS] * 2)
-    assert sorted(gathers) == sorted(of_vocabulary + sampled)
+    # Peaks and their tokens; then the tokens, their log-probabilities and ranks.
+    assert sorted(gathers) == sorted([model * SLOTS] * 2 + [data * SLOTS] * 3)
+
+
+@pytest.mark.parametrize(("mesh_shape", "mode"), [((2, 4), Mode.SAMPLE), ((1, 8), Mode.LOGPROBS)], ids=str)
+def test_the_sampler_gathers_candidates_alone(mesh_shape, mode):
+    """Of each device at most K most likely tokens of a row, never the row; sums of a number or so per row."""
+    runner, (data, model) = make_runner(mesh_shape), mesh_shape
+    found = collectives(runner._choose(DECODE.n_rows, mode))
+    sums, gathers = ([math.prod(of) for of in found.pop(kind)] for kind in ("all-reduce", "all-gather"))
+    assert not any(found.values())
+    n_local = padded(CONFIG.vocab_size, model) // model
+    candidates = [model * SLOTS * min(K, n_local)] * 2
+    winners, sampled = [model * SLOTS] * 2, [data * SLOTS] * 3
+    if mode == Mode.LOGPROBS:
+        of_shards = [model * SLOTS * min(MAX_LOGPROBS, n_local)] * 2
+        sampled = sampled + of_shards + [data * SLOTS * MAX_LOGPROBS] * 2
+    assert sorted(gathers) == sorted(candidates + winners + sampled)
+    assert max(sums) <= SLOTS
+    assert len(sums) <= 16, "a fixed number, some of them in the loop of the search"
+
+
+def test_candidates_do_not_grow_with_the_vocabulary():
+    """With 40 times the vocabulary a shard gives K tokens of a row, and no collective has more numbers."""
+    config = CONFIG.replace(vocab_size=40 * 131)
+    mesh = make_mesh(1, 8)
+    options = EngineOptions(max_num_seqs=2, max_num_batched_tokens=40, decode_steps=1)
+    runner = Runner(
+        config,
+        mesh,
+        abstract_weights(config, mesh),
+        backend="blockwise",
+        sizes=sizes_of(options, mesh),
+        n_pages=N_PAGES,
+        table_width=TABLE_WIDTH,
+        kv_dtype="auto",
+    )
+    found = collectives(runner._choose(2, Mode.SAMPLE))
+    most = max(math.prod(of) for by_kind in found.values() for of in by_kind)
+    assert most == 8 * 2 * K < config.vocab_size * 2
+
+
+def test_the_entropy_sampler_off_costs_nothing():
+    """Plain steps are the same programs with it on, and with it off there are no others; steps with metrics differ."""
+    off, on = make_runner((1, 2)), make_runner((1, 2), entropy=True)
+    assert off.sizes == on.sizes
+    pairs = [(r._forward(DECODE), r._choose(DECODE.n_rows, Mode.GREEDY)) for r in (off, on)]
+    for plain, beside in zip(*pairs, strict=True):
+        assert program(plain) == program(beside)
+    with_metrics = on._forward(DECODE, True)
+    assert program(with_metrics) != program(pairs[1][0])
+    rows = 1 * SLOTS
+    extra = [(rows, 4), (rows,)]  # of the attention; the token that each row ends with
+    shapes = [sorted(x.shape for x in jax.tree.leaves(of.out_info)) for of in (pairs[1][0], with_metrics)]
+    assert shapes[1] == sorted(shapes[0] + extra)
+
+
+def program(executable):
+    """The text of an executable without where in the source an operation comes from."""
+    text = re.sub(r", metadata=\{[^}]*\}", "", executable.as_text())
+    return re.sub(r"stack_frame_id=\d+", "", text.split("\nFileNames")[0])
 
 
 def test_several_decode_steps_are_one_loop_around_the_same_collectives():
@@ -167,7 +253,8 @@ def test_several_decode_steps_are_one_loop_around_the_same_collectives():
 
 def test_changes_of_tables_and_pages_stay_on_their_devices():
     runner = make_runner((2, 4))
-    for executable in (runner._set_tables(), runner._copy_pages()):
+    changes = (runner._set_tables(), runner._copy_pages(), runner._change_slots(SLOTS), runner._count_known())
+    for executable in changes:
         assert not any(collectives(executable).values())
 
 
@@ -180,12 +267,14 @@ def test_one_compilation_per_shape():
     for _ in range(2):
         runner._choose(DECODE.n_rows, Mode.GREEDY)
         runner._choose(DECODE.n_rows, Mode.SAMPLE)
-    assert runner.n_compiled == 4
+        runner._change_slots(SLOTS)
+    assert runner.n_compiled == 5
 
 
-def test_every_shape_can_be_compiled_ahead(monkeypatch):
+@pytest.mark.parametrize("entropy", [False, True])
+def test_every_shape_can_be_compiled_ahead(monkeypatch, entropy):
     """Each once; what a step may ask for afterwards is there."""
-    runner = make_runner.__wrapped__((1, 2), decode_steps=2)
+    runner = make_runner.__wrapped__((1, 2), decode_steps=2, entropy=entropy)
     asked = []
     monkeypatch.setattr(runner, "_compile", lambda key, *args, **kwargs: asked.append(key))
     runner.compile_all(progress=False)
@@ -193,11 +282,14 @@ def test_every_shape_can_be_compiled_ahead(monkeypatch):
     assert len(ahead) == len(asked)
     asked.clear()
     for shape in shapes:
-        runner._forward(shape)
-        for greedy in (True, False):
-            runner._choose(shape.n_rows, greedy)
+        for mode in Mode if entropy else list(Mode)[:-1]:
+            runner._forward(shape, mode == Mode.ENTROPY)
+            runner._choose(shape.n_rows, mode)
             if not shape.n_blocks:
-                runner._decode_several(shape, 2, greedy)
+                runner._decode_several(shape, 2, mode)
+    for n_changes in runner.slot_changes:
+        runner._change_slots(n_changes)
+    runner._count_known()
     runner._set_tables()
     runner._copy_pages()
     assert set(asked) == ahead

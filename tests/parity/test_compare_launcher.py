@@ -39,6 +39,8 @@ MESH = "--mesh=data:2,model:2"
 FEW = ("--token_ids=5,3,60,2,41,7", "--chunk=4", "--new_tokens=3")
 SHORT = (*FEW[:2], "--new_tokens=0")
 TINY = ("--token_ids=5,3", "--chunk=1", "--new_tokens=0")
+# test_families.py holds the optimised programs to the contract.
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 FIELDS = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 97}
 
 
@@ -144,7 +146,8 @@ def rows(report: dict[str, Any], mode: str) -> list[dict[str, Any]]:
 # --- runs of whole commands
 
 
-def test_the_demo_checkpoint_on_eight_devices(tmp_path):
+def test_the_demo_checkpoint_on_eight_devices(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as a user runs it; and here running takes the time
     flags_given = ("--checkpoint=demo", "--simulate_devices=8", "--mesh=data:2,model:4")
     files = (f"--json={tmp_path / 'report.json'}", f"--plot={tmp_path / 'errors.png'}")
     ((status, stdout, stderr),) = finish(start(*flags_given, *files))
