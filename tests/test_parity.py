@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(1).integers(0, MODELS[NAME]["vocab_size"], (BATCH
 
 
 def small_model():
-    """Two layers: one hands its output to another, and each more would be compiled 90 times."""
+    """Two layers: one hands its output to the other, and a third would only be compiled."""
     return make_model(NAME, num_hidden_layers=2)
 
 

@@ -28,6 +28,7 @@ from ..sharding import DATA, MODEL
 from ..tokenizer import Tokenizer
 from ..weights import XfmrWeights
 from .compilation import use_compilation_cache
+from .drafting import Drafter, LookupDrafter, ModelDrafter, may_speculate
 from .lockstep import Lockstep
 from .memory import plan_pages
 from .options import EngineOptions, check_options, modes_of, pages_per_sequence, sizes_of
@@ -106,39 +107,46 @@ class Engine:
         *,
         attention: str | None = None,
         tokenizer: Tokenizer | None = None,
+        draft: tuple[LlamaConfig, XfmrWeights] | None = None,
     ):
         """Computes how many pages the memory holds and makes the cache.
 
         Steps are compiled when they are first needed, or all of them before by `compile`. The tokenizer is for requests
-        that say in text what an answer must have or must not. Raises ConfigError for options that contradict the model, the mesh or its memory.
+        that say in text what an answer must have or must not. `draft` is a smaller model of the same vocabulary on the
+        same mesh, which guesses tokens ahead (options.num_speculative_tokens). Raises ConfigError for options that contradict the model, the mesh or its memory.
         """
         options = EngineOptions() if options is None else options
-        check_options(options, config)
+        check_options(options, config, None if draft is None else draft[0])
         use_compilation_cache()
         self.config, self.mesh, self.options = config, mesh, options
         backend = choose_backend(config, mesh.devices.flat[0], attention)
         self.sizes = sizes_of(options, mesh, run_length(backend, config, mesh.shape[MODEL]))
         start = time.perf_counter()
-        budget = plan_pages(config, mesh, backend, options, self.sizes)
+        budget = plan_pages(config, mesh, backend, options, self.sizes, None if draft is None else draft[0])
         logging.info("memory plan: %.1f s", time.perf_counter() - start)
         self.max_model_len = budget.max_model_len
-        self.runner = Runner(
-            config,
-            mesh,
-            weights,
-            backend=backend,
-            sizes=self.sizes,
-            n_pages=budget.n_pages,
-            table_width=pages_per_sequence(budget.max_model_len),
-            kv_dtype=options.kv_cache_dtype,
-            modes=modes_of(options),
-        )
+        sizes = {
+            "sizes": self.sizes,
+            "n_pages": budget.n_pages,
+            "table_width": pages_per_sequence(budget.max_model_len),
+            "kv_dtype": options.kv_cache_dtype,
+        }
+        self.runner = Runner(config, mesh, weights, backend=backend, modes=modes_of(options), **sizes)
         self.runner.start()
         n_shards = mesh.shape[DATA]
         self._tokenizer = tokenizer
         self._grammars: GrammarCompiler | None = None  # made for the first request that needs it
         self._packer = Packer(self.sizes, n_shards, budget.n_pages, config.vocab_size)
         self._lockstep = Lockstep(self.sizes, n_shards) if jax.process_count() > 1 else None
+        self._draft_runner: Runner | None = None
+        self._drafter: Drafter | None = LookupDrafter(options) if options.num_speculative_tokens else None
+        if draft is not None:
+            of_draft = choose_backend(draft[0], mesh.devices.flat[0], None)
+            self._draft_runner = Runner(draft[0], mesh, draft[1], backend=of_draft, **sizes)
+            self._draft_runner.start()
+            self._drafter = ModelDrafter(
+                options, self._packer, lambda work: self._execute(work._replace(for_draft=True))
+            )
         self._scheduler = Scheduler(
             SchedulerConfig(
                 n_shards=n_shards,
@@ -181,6 +189,7 @@ class Engine:
         stop = ends | frozenset(params.stop_token_ids)
         banned = frozenset(self.config.eos_ids) | stop  # by min_tokens
         seed = self._seed + self._arrivals if params.seed is None else params.seed
+        speculates = self._drafter is not None and may_speculate(params)
         leader, sequences = None, []
         for index in range(params.n_sequences):
             mask = row_mask(
@@ -201,7 +210,8 @@ class Engine:
                 arrival=self._arrivals,
                 params=sampling,
                 leader=leader,
-                one_by_one=mask is not None and (mask.is_dynamic or mask.switch_at > 0),
+                one_by_one=speculates or (mask is not None and (mask.is_dynamic or mask.switch_at > 0)),
+                speculates=speculates,
                 scores_prompt=index == 0 and params.prompt_logprobs is not None,
             )
             if sequence.scores_prompt:
@@ -238,6 +248,8 @@ class Engine:
     def compile(self, progress: bool = True) -> None:
         """Compiles every step that can be needed, so that nothing is compiled while serving."""
         self.runner.compile_all(progress)
+        if self._draft_runner is not None:
+            self._draft_runner.compile_all(progress, drafts=self.options.num_speculative_tokens + 1)
 
     def check_prompt(self, prompt: Seq[int]) -> list[int]:
         """The prompt as a list. Raises RequestError when it can never be served."""
@@ -303,13 +315,19 @@ class Engine:
 
     def _step(self) -> list[TokenDelta]:
         start = time.perf_counter()
+        if self._drafter is not None:
+            self._drafter.propose(self._scheduler.speculating())
         plan = self._scheduler.schedule()
+        if self._drafter is not None and plan is not None:
+            self._drafter.complete(plan)
         packed = None if plan is None else self._packer.pack(plan)
         planned = time.perf_counter()
         new: list[TokenDelta] = []
         waited = 0.0
         if packed is not None:
             for work in packed.works:
+                if self._drafter is not None:
+                    self._drafter.follow(work, packed.has_prompts)
                 sampled = self._execute(work)
             if packed.masked:
                 # What the rows may choose depends on tokens that are to be read, while the device computes their logits.
@@ -333,7 +351,10 @@ class Engine:
     def _execute(self, work: Work) -> Sampled | None:
         if self._lockstep:
             self._lockstep.send(work)
-        return self.runner.execute(work)
+        return self._runner_of(work).execute(work)
+
+    def _runner_of(self, work: Work) -> Runner:
+        return self._draft_runner if work.for_draft else self.runner
 
     def _read_all(self) -> tuple[list[TokenDelta], float]:
         """Reads everything that is in flight. Returns its deltas and the seconds it took."""
@@ -418,7 +439,7 @@ class Engine:
         """In every process but 0: executes what process 0 sends until it calls `release`."""
         recent: collections.deque[Sampled] = collections.deque()
         while (work := self._lockstep.receive()) is not None:
-            sampled = self.runner.execute(work)
+            sampled = self._runner_of(work).execute(work)
             if sampled is not None:
                 recent.append(sampled)
             if len(recent) > 2:  # the queue on the device stays as short as in process 0
@@ -436,6 +457,8 @@ class Engine:
         self._sequences.clear()
         self._aborted.clear()
         self.runner.state = None
+        if self._draft_runner is not None:
+            self._draft_runner.state = None
 
     def _check_alive(self) -> None:
         if self._dead is not None:

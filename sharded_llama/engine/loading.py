@@ -78,7 +78,7 @@ def load_model(
     template = None if skip_tokenizer else load_chat_template(folder)
     defaults = read_generation_config(folder)
     if not defaults.pop("do_sample"):
-        defaults = {"temperature": 0.0}
+        defaults = {"temperature": 0.0, **defaults}
     logging.info("config and tokenizer: %.1f s", time.perf_counter() - start)
     start = time.perf_counter()
     weights = load_weights(source, config, mesh=mesh, progress=progress)

@@ -36,7 +36,7 @@ class Lockstep:
         message[:HEADER] = (
             *(WORK, *shape, work.n_steps, work.mode, tables, copies, work.chooses),
             *(size for x in large for size in x.shape),
-            0,
+            work.for_draft,
         )
         arrays = (work.rows_RX, work.tokens_CQ, work.tables_U3, work.copies_C2)
         flat = np.concatenate([np.zeros(0, np.int32), *(x.reshape(-1) for x in arrays if x is not None)])
@@ -49,7 +49,7 @@ class Lockstep:
     def receive(self) -> Work | None:
         """In the other processes."""
         message = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(self._size, np.int32)))
-        kind, n_single, n_blocks, block, n_steps, mode, tables, copies, chooses, *sizes, _ = message[:HEADER].tolist()
+        kind, n_single, n_blocks, block, n_steps, mode, tables, copies, chooses, *sizes, for_draft = message[:HEADER].tolist()
         if kind == STOP:
             return None
         shape = StepShape(n_single, n_blocks, block)
@@ -78,4 +78,5 @@ class Lockstep:
             slots_UX=receive_large(*sizes[:2]),
             known_UX=receive_large(*sizes[2:]),
             chooses=bool(chooses),
+            for_draft=bool(for_draft),
         )

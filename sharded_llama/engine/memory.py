@@ -31,12 +31,19 @@ class PageBudget(NamedTuple):
     max_model_len: int
 
 
-def plan_pages(config: LlamaConfig, mesh: Mesh, backend: str, options: EngineOptions, sizes: Sizes) -> PageBudget:
-    """What fits beside the weights, which are on the devices already.
+def plan_pages(
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+    options: EngineOptions,
+    sizes: Sizes,
+    draft: LlamaConfig | None = None,
+) -> PageBudget:
+    """What fits beside the weights, which are on the devices already. A page has room for both models' keys and values.
 
     Raises ConfigError, saying what would fit, when the memory cannot hold one sequence of `max_model_len`.
     """
-    of_page = page_bytes(config, mesh, options.kv_cache_dtype)
+    of_page = sum(page_bytes(c, mesh, options.kv_cache_dtype) for c in (config, draft) if c is not None)
     wanted_len = options.max_model_len or config.max_seq_len
     if options.num_pages:
         n_pages, origin = options.num_pages, f"num_pages={options.num_pages}"

@@ -18,6 +18,7 @@ BLOCK = 16  # tokens in a row of a prompt's chunk
 ACCELERATOR = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
 CPU = {"max_num_seqs": 16, "max_num_batched_tokens": 512}
 LIMITS = {"max_num_seqs": 65_536, "max_num_batched_tokens": 1 << 20, "decode_steps": 64, "num_pages": 1 << 30}
+LIMITS |= {"num_speculative_tokens": 32, "prompt_lookup_max": 32, "prompt_lookup_min": 32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,22 @@ class EngineOptions:
     deterministic: bool = False  # bitwise the same answers in any company
     decode_steps: int | None = None  # decode steps of one dispatch where nothing waits
     seed: int | None = None  # of requests that have none; default: a fresh one
+    num_speculative_tokens: int | None = None  # guesses at a time, checked in one step; default: no speculation
+    prompt_lookup_max: int = 4  # last tokens that are looked up in the sequence, where no draft model guesses
+    prompt_lookup_min: int = 2
     entropy_sampler: bool = False  # take requests with SamplingParams.entropy; their steps are programs of their own
 
     def __post_init__(self) -> None:
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages")
-        for name in (*sizes, "decode_steps"):
+        counts = ("decode_steps", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        for name in (*sizes, *counts):
             self._check_count(name)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min={self.prompt_lookup_min} must be at most prompt_lookup_max={self.prompt_lookup_max}."
+            )
+        if self.num_speculative_tokens and self.entropy_sampler:
+            raise ConfigError("entropy_sampler does not go with num_speculative_tokens: leave one of them out.")
         utilization = self.memory_utilization
         if isinstance(utilization, bool) or not isinstance(utilization, int | float) or not 0 < utilization <= 1:
             raise ConfigError(f"memory_utilization={utilization!r} must be a number above 0 and at most 1.")
@@ -136,8 +147,20 @@ def _too_few(given: int, seqs: int, least: int) -> str:
     )
 
 
-def check_options(options: EngineOptions, config: LlamaConfig) -> None:
-    """Raises ConfigError for what contradicts the model."""
+def check_options(options: EngineOptions, config: LlamaConfig, draft: LlamaConfig | None = None) -> None:
+    """Raises ConfigError for what contradicts the model, or the one that guesses."""
+    if draft is not None:
+        if options.num_speculative_tokens is None:
+            raise ConfigError("a draft model needs num_speculative_tokens, the guesses that it makes at a time.")
+        if draft.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"the draft model has {draft.vocab_size} tokens and the model {config.vocab_size}: they must share one "
+                "tokenizer."
+            )
+        if draft.max_seq_len < (options.max_model_len or config.max_seq_len):
+            raise ConfigError(
+                f"the draft model was made for {draft.max_seq_len} tokens: give max_model_len={draft.max_seq_len} or less."
+            )
     cache_dtype(config, options.kv_cache_dtype)
     if options.max_model_len is not None and options.max_model_len > config.max_seq_len:
         raise ConfigError(

@@ -12,6 +12,7 @@ from ..sampling import Mode, SamplingParams, mode_of, pack_rows
 from ..sampling.entropy_settings import pack_settings
 from ..sampling.slots import pack_known, pack_slot
 from .options import Sizes
+from .prompt_lookup import PromptLookup
 from .runner import PAGE_COPIES, SLOT_CHANGES, TABLE_CHANGES, Work
 from .scheduler import Chunk, Plan
 from .sequence import Sequence
@@ -25,6 +26,7 @@ class SequenceSampling:
     params: SamplingParams  # with a seed
     mask: RowMask | None = None
     prompt_logprobs: list[Any] | None = None  # by position, as they come
+    lookup: PromptLookup | None = None
 
 
 class ScoredRows(NamedTuple):
@@ -39,6 +41,7 @@ class Packed(NamedTuple):
     works: list[Work]  # to be executed in this order; the last one has the rows
     columns: np.ndarray  # for each sequence of `plan.rows`, its row among those of the last work
     scored: list[ScoredRows]
+    has_prompts: bool
     masked: list[Sequence]  # those that sample under a mask that their last token decides: see `Packer.masks`
 
 
@@ -86,13 +89,35 @@ class Packer:
         if last is not None:  # the last changes go with the rows
             names = ("tables_U3", "copies_C2", "slots_UX", "known_UX")
             work = work._replace(**{name: getattr(last, name) for name in names})
-        return Packed([*changes, work], np.concatenate(columns), scored, masked)
+        return Packed([*changes, work], np.concatenate(columns), scored, any(plan.chunks), masked)
 
     def masks(self, masks: Seq[tuple[Sequence, np.ndarray]]) -> list[Work]:
         """What ends a step with masked rows: their masks, uint32 words of the vocabulary, and the choice."""
         slots = [self._slot_change(seq, mask) for seq, mask in masks]
         *changes, last = [Work(slots_UX=group) for group in self._grouped_slots(slots)] or [Work()]
         return [*changes, last._replace(chooses=True)]
+
+    def pack_drafting(
+        self, plan: Plan, drafted: Seq[tuple[Sequence, int]], n_steps: int
+    ) -> tuple[list[Work], list[int]]:
+        """Has a model guess what follows sequences whose newest token stands at a position: n_steps tokens of each.
+
+        Returns what to execute, the plan's changes first, and the row of each sequence.
+        """
+        by_shard = [[(seq, start) for seq, start in drafted if seq.shard == shard] for shard in range(self.n_shards)]
+        shape = self.sizes.shape_for(max(map(len, by_shard)), 0)
+        rows = np.zeros((self.n_shards, shape.n_rows, Column.COUNT), np.int32)
+        rows[:, :, Column.SLOT] = self.sizes.slots
+        mode, column_of = Mode.GREEDY, {}
+        for shard, of_shard in enumerate(by_shard):
+            for row, (seq, start) in enumerate(of_shard):
+                rows[shard, row, : Column.LIMIT] = (seq.tokens[-1], start, 1, seq.slot, 1)
+                rows[shard, row, Column.LIMIT] = len(seq.pages) * PAGE_SIZE
+                rows[shard, row, Column.TOP_K :] = self._params[shard, seq.slot]
+                mode = max(mode, Mode.SAMPLE if seq.params.params.temperature > 0 else Mode.GREEDY)
+                column_of[id(seq)] = shard * shape.n_rows + row
+        work = Work(shape, n_steps, mode, rows.reshape(-1, Column.COUNT), np.zeros((0, 1), np.int32), chooses=True)
+        return [*self._changes(plan, [], []), work], [column_of[id(seq)] for seq, _ in drafted]
 
     def _place(self, plan: Plan) -> tuple[list[tuple], list[tuple]]:
         """Notes the parameters of sequences that got a slot. Returns changes of slots, and of counts."""

@@ -58,6 +58,7 @@ class Work(NamedTuple):
     slots_UX: np.ndarray | None = None  # int32, (data * U, 1 + pack_slot's), U one of `Runner.slot_changes`
     known_UX: np.ndarray | None = None  # int32, (data, 2 + KNOWN_TOKENS)
     chooses: bool = False
+    for_draft: bool = False  # of the model that guesses
 
 
 class Runner:
@@ -89,10 +90,10 @@ class Runner:
         self.state: DeviceState | None = None
         self._forwarded: tuple | None = None  # logits that wait to be chosen from
 
-    def compile_all(self, progress: bool = True) -> None:
-        """Compiles every step that can be asked for, several at a time."""
+    def compile_all(self, progress: bool = True, drafts: int = 0) -> None:
+        """Compiles every step that can be asked for, several at a time; `drafts` steps at once where it only guesses."""
         start = time.perf_counter()
-        jobs = self._all_jobs()
+        jobs = self._drafting_jobs(drafts) if drafts else self._all_jobs()
         bar = tqdm(total=len(jobs), desc="compiling", unit="step", disable=None if progress else True)
         with ThreadPoolExecutor(max_workers=16) as pool, bar:
             for _ in pool.map(lambda job: job(), jobs):
@@ -183,6 +184,15 @@ class Runner:
             jobs += [functools.partial(self._choose, n, mode) for n in sorted({s.n_rows for s in sizes.shapes})]
         jobs += [functools.partial(self._change_slots, n) for n in self.slot_changes]
         return [*jobs, self._count_known, self._set_tables, self._copy_pages]
+
+    def _drafting_jobs(self, n_steps: int) -> list[Callable[[], Any]]:
+        """What a model needs that computes prompts and guesses `n_steps` tokens at once."""
+        shapes = self.sizes.shapes
+        jobs: list[Callable[[], Any]] = [functools.partial(self._forward, s) for s in shapes]
+        singles = [s for s in shapes if not s.n_blocks]
+        modes = (Mode.GREEDY, Mode.SAMPLE)
+        jobs += [functools.partial(self._decode_several, s, n_steps, mode) for s in singles for mode in modes]
+        return [*jobs, self._set_tables, self._copy_pages]
 
     def _forward(self, shape: StepShape, with_metrics: bool = False) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:

@@ -238,6 +238,10 @@ class Scheduler:
         for seq in list(self._requests.get(request_id, {}).values()):
             self._finish(seq, "abort")
 
+    def speculating(self) -> list[Sequence]:
+        """Those whose next rows can carry drafts: running sequences of which no token is pending."""
+        return [s for shard in self._shards for s in shard.decoding if s.speculates and not s.n_pending]
+
     def end(self, request_id: str, index: int, reason: str) -> None:
         """Ends one unfinished sequence for a reason of the caller's; unknown ones are ignored."""
         seq = self._requests.get(request_id, {}).get(index)
@@ -354,6 +358,7 @@ class Scheduler:
     def _drafts(self, shard: _Shard, decode: list[Sequence]) -> list[list[int]]:
         """The drafts of decoding sequences as far as there are rows and pages for them; none that is not free."""
         drafts: list[list[int]] = []
+        n_waiting = sum(bool(seq.draft) for seq in decode)
         for seq in decode:
             if not seq.draft:
                 drafts.append([])
@@ -361,7 +366,8 @@ class Scheduler:
             room = len(shard.free_slots) - shard.extra_rows
             if self.config.block == 1:
                 room = shard.blocks_left
-            n = min(len(seq.draft), max(0, room), seq.limit - len(seq.tokens) - 1)
+            n = min(len(seq.draft), max(0, room // n_waiting), seq.limit - len(seq.tokens) - 1)
+            n_waiting -= 1
             while seq.n_reserved < seq.n_computed + 1 + n:
                 page = shard.pool.allocate() if shard.pool.n_free else None
                 if page is None:

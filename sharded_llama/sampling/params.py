@@ -1,7 +1,9 @@
 """What one request asks of the sampler: names, defaults and meaning as in vLLM."""
 
 import dataclasses
+import itertools
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ MAX_STOP_IDS = 256
 MAX_BIAS, MAX_BIAS_VALUE = 300, 100.0  # tokens with a logit_bias of their own, and how large it may be
 MAX_BAD_WORDS, MAX_BAD_CHARS = 128, 256
 MAX_ID = 2**31 - 1
+MAX_ITEMS = 2**20  # of any list: more than any vocabulary has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class SamplingParams:
         self._set("bad_words", self._texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_CHARS))
         self._set("stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
         if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", self._ids("allowed_token_ids", self.allowed_token_ids, MAX_ID))
+            self._set("allowed_token_ids", self._ids("allowed_token_ids", self.allowed_token_ids, MAX_ITEMS))
             self._check("allowed_token_ids", bool(self.allowed_token_ids), "None or a list of at least one token id")
         self._check_bias()
         self._check_instance("structured_outputs", StructuredOutputs)
@@ -118,7 +121,9 @@ class SamplingParams:
         if given is None:
             return ()
         self._check(name, isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping), right)
-        return tuple(given)
+        values = tuple(itertools.islice(given, MAX_ITEMS + 1))
+        self._check(name, len(values) <= MAX_ITEMS, right)
+        return values
 
     def _check_optional(self, name: str, least: int, most: int) -> None:
         if getattr(self, name) is not None:
@@ -160,9 +165,12 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= sys.float_info.max  # a whole number may be beyond that
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a huge number"
     return text if len(text) <= 200 else text[:200] + "..."

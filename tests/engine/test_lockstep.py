@@ -166,7 +166,7 @@ def test_the_works_of_real_plans(wire, options):
         for work in packer.pack(plan).works:
             here.send(work)
             assert_same(there.receive(), work)
-            kinds.add(tuple(x is None for x in work[5:9]) + (work.shape, work.mode))
+            kinds.add((*(x is None for x in work[5:9]), work.shape, work.mode))
         scheduler.update(plan, rng.integers(0, 99, (plan.n_steps, len(plan.rows))))
     assert len(kinds) >= 3
     assert all(any(not kind[i] for kind in kinds) for i in range(4)), "every change was there"
