@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,12 @@ def recorded(runner: Runner) -> Iterator[list[Work]]:
 
 
 @contextlib.contextmanager
-def decoding(engine: Engine, batch: int, rng: np.random.Generator) -> Iterator[list[Work]]:
+def decoding(
+    engine: Engine, batch: int, rng: np.random.Generator, params: Sequence[SamplingParams] | None = None
+) -> Iterator[list[Work]]:
     """`batch` sequences after random prompts, all of them decoding; gives what `recorded` gives, and ends them after.
+
+    params: of each sequence; default: greedy.
 
     Lengths of prompts differ by up to a page, so that the sequences need new pages at different steps, as they do in
     service. Raises ConfigError if the engine has fewer slots, EngineError if they never all decode together.
@@ -120,9 +124,9 @@ def decoding(engine: Engine, batch: int, rng: np.random.Generator) -> Iterator[l
     if not 1 <= batch <= slots:
         raise ConfigError(f"a batch of {batch} does not fit the engine's {slots} slots: raise --max_num_seqs.")
     lengths = rng.integers(PROMPT.value - PAGE_SIZE // 2, PROMPT.value + PAGE_SIZE // 2, batch)
-    params = SamplingParams(temperature=0.0, max_tokens=engine.max_model_len, ignore_eos=True)
-    for i, length in enumerate(lengths):
-        engine.add_request(f"decoding-{i}", random_prompt(engine.config, length, rng), params)
+    params = params or [SamplingParams(temperature=0.0, max_tokens=engine.max_model_len, ignore_eos=True)] * batch
+    for i, (length, of_sequence) in enumerate(zip(lengths, params, strict=True)):
+        engine.add_request(f"decoding-{i}", random_prompt(engine.config, length, rng), of_sequence)
     with recorded(engine.runner) as last:
         while not last or int(live(last[0]).sum()) < batch or last[0].shape.n_blocks:
             step(engine)

@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from sharded_llama.sampling.entropy_settings import N_SETTINGS, pack_settings
+from sharded_llama.sampling.params import MAX_BIAS
+from sharded_llama.sampling.slots import SlotSampling
+
 
 def processed(logits, params, prompt=(), generated=(), allowed=None):
     """Bias, then repetition, frequency and presence penalty, then what is not allowed."""
@@ -44,3 +48,45 @@ def log_softmax(logits):
     exact = np.asarray(logits, np.float64)
     peak = exact.max(-1, keepdims=True)
     return exact - peak - np.log(np.exp(exact - peak).sum(-1, keepdims=True))
+
+
+def drawn(z, params, noise):
+    """The token that noise (V,) draws; temperature 0: the most likely one."""
+    if params.temperature == 0:
+        return int(np.argmax(z))
+    scaled = np.where(kept(z, params), (z - z.max()) / params.temperature, -np.inf)
+    return int(np.argmax(scaled + noise))
+
+
+def mask_words(allowed, vocab):
+    """Bit t % 32 of word t // 32 is set for the tokens that are allowed; None: all bits."""
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    for token in range(32 * len(words)) if allowed is None else allowed:
+        words[token // 32] |= np.uint32(1 << (token % 32))
+    return words
+
+
+def slot_arrays(settings, vocab, width):
+    """What is kept of slots: of dictionaries with `params`, `prompt`, `generated` and `allowed`, each of which may be absent.
+
+    Counts are `width` wide: 1 for a token of the prompt and 2 for each time that it was generated.
+    """
+    n = len(settings)
+    slots = SlotSampling(
+        counts_SV=np.zeros((n, width), np.int32),
+        allowed_SW=np.stack([mask_words(s.get("allowed"), vocab) for s in settings]),
+        bias_ids_SB=np.full((n, MAX_BIAS), -1, np.int32),
+        bias_SB=np.zeros((n, MAX_BIAS), np.float32),
+        entropy_SE=np.zeros((n, N_SETTINGS), np.float32),
+    )
+    for i, setting in enumerate(settings):
+        for token in set(setting.get("prompt", ())):
+            slots.counts_SV[i, token] += 1
+        for token in setting.get("generated", ()):
+            slots.counts_SV[i, token] += 2
+        params = setting.get("params")
+        for b, (token, bias) in enumerate((params.logit_bias or {}).items() if params else ()):
+            slots.bias_ids_SB[i, b], slots.bias_SB[i, b] = token, bias
+        if params and params.entropy:
+            slots.entropy_SE[i] = pack_settings(params.entropy)
+    return slots
