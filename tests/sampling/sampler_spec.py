@@ -67,7 +67,7 @@ def mask_words(allowed, vocab):
 
 
 def slot_arrays(settings, vocab, width):
-    """What is kept of slots: of dictionaries with `params`, `prompt`, `generated` and `allowed`, each of which may be absent.
+    """What is kept of slots: of dictionaries with any of `params`, `prompt`, `generated` and `allowed`.
 
     Counts are `width` wide: 1 for a token of the prompt and 2 for each time that it was generated.
     """

@@ -87,13 +87,3 @@ def test_neighbouring_positions_seeds_and_draws_are_not_shifted_copies():
     a = of()
     for other in ({"position": 1}, {"seed": 8}, {"draw": 1}):
         assert np.intersect1d(a, of(**other)).size < 20, "among 4000 numbers of 2**32 hardly any are equal by chance"
-
-
-def test_draws_use_ids_that_no_token_has():
-    """The noise of one draw is not that of a token: keys are folded with numbers beyond every vocabulary."""
-    key = jax.random.wrap_key_data(seeds(7)[0], impl="threefry2x32")
-    at_position = jax.random.fold_in(key, 0)
-    folded = [jax.random.key_data(jax.random.fold_in(at_position, np.uint32(2**32 - i))) for i in range(1, 16)]
-    assert len({tuple(np.asarray(k).tolist()) for k in folded}) == 15
-    several = [of(n_ids=50, draw=i) for i in range(MAX_CANDIDATES)]
-    assert np.unique(np.stack(several)).size == 50 * MAX_CANDIDATES
