@@ -12,6 +12,7 @@ ORBAX = ["orbax-checkpoint>=0.12.4"]
 META = ["sentencepiece>=0.2", "tiktoken>=0.9"]  # the tokenizers of Meta's checkpoints
 HUB = ["huggingface_hub>=1.33"]
 STRUCTURED = ["llguidance>=1.9.1"]  # what an answer may contain: schemas, grammars
+VIEW = ["matplotlib>=3.8", "rich>=13.7"]  # how sure a model was, tinted and as a picture
 PARITY = ["matplotlib>=3.8", "torch>=2.6", "transformers>=5.0"]
 TRAIN = ["matplotlib>=3.8", "optax>=0.2.8", *ORBAX]
 LINT = ["ruff==0.17.6"]  # exact: another version formats differently
@@ -48,6 +49,7 @@ setup(
         "orbax": ORBAX,
         "hub": HUB,
         "structured": STRUCTURED,
+        "view": VIEW,
         "parity": PARITY,
         "train": TRAIN,
         "lint": LINT,
@@ -56,6 +58,7 @@ setup(
             *META,
             *HUB,
             *STRUCTURED,
+            *VIEW,
             *LINT,
             "build>=1.2",
             "hypothesis>=6.100",

@@ -47,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "top_p alone": {"temperature": 0.8, "top_p": 0.9},
     "entropy": {"entropy": EntropySettings()},
 }
-PATTERN = r"[a-z ]{4000,8000}"
+PATTERN = r"[a-z ]*"
 
 
 def sampler(model: LLM, results: list[base.Row], rng: np.random.Generator) -> None:
@@ -73,7 +73,8 @@ def constrained(model: LLM, results: list[base.Row], rng: np.random.Generator) -
         for batch in map(int, base.BATCHES.value):
             n, steps, ms = min(CONSTRAINED.value, batch), 2 * base.STEPS.value, {}
             plain = SamplingParams(max_tokens=llm.engine.max_model_len, ignore_eos=True, seed=1)
-            bound = dataclasses.replace(plain, structured_outputs=StructuredOutputs(regex=PATTERN))
+            unending = {token: -100.0 for token in llm.config.eos_ids}
+            bound = dataclasses.replace(plain, structured_outputs=StructuredOutputs(regex=PATTERN), logit_bias=unending)
             for name, params in {"none": [plain] * batch, "some": [bound] * n + [plain] * (batch - n)}.items():
                 with base.decoding(llm.engine, batch, rng, params) as last:
                     n_steps = last[0].n_steps
@@ -85,7 +86,7 @@ def constrained(model: LLM, results: list[base.Row], rng: np.random.Generator) -
 
 def speculation(model: LLM, results: list[base.Row], rng: np.random.Generator) -> None:
     """One answer of 400 tokens to a prompt that it repeats."""
-    layers = tuple(layer._replace(wo=layer.wo * 1e-4, w2=layer.w2 * 1e-4) for layer in model.weights.layers)
+    layers = tuple(layer._replace(wo=layer.wo * 1e-8, w2=layer.w2 * 1e-8) for layer in model.weights.layers)
     circular = model.resized()
     circular.weights = model.weights._replace(layers=jax.block_until_ready(layers))
     greedy = {"temperature": 0.0, "ignore_eos": True}

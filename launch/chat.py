@@ -26,12 +26,16 @@ def converse(llm: LLM, system: str | None, settings: dict[str, Any]) -> None:
         except RequestError as error:  # too long, for one; the conversation goes on without this message
             _write(f"error: {error}\n", sys.stderr)
             continue
-        text = ""
+        text, failure = "", None
         for event in stream:
-            text += event.text
+            text, failure = text + event.text, event.error
             _write(event.text, sys.stdout)
         _write("\n", sys.stdout)
-        messages = [*asked, {"role": "assistant", "content": broadcast_from_main(lambda text=text: text)}]
+        if failure:
+            _write(f"error: {failure}\n", sys.stderr)
+        answer = broadcast_from_main(lambda text=text, failure=failure: None if failure else text)
+        if answer is not None:
+            messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _read_line() -> str | None:

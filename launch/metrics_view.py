@@ -60,6 +60,11 @@ class MetricsPrinter:
             self._entropy, self._varentropy = 0.0, 0.0
         self._file.flush()
 
+    def write_plain(self, text: str) -> None:
+        """Writes what stands around an answer, without a tint. Tokens whose text never came are forgotten."""
+        self._entropy, self._varentropy = 0.0, 0.0
+        self.write(text)
+
     def legend(self) -> None:
         """Writes what the colours mean, a line, where there are colours."""
         if self._colours is None:
@@ -81,8 +86,10 @@ class MetricsPrinter:
         from rich.style import Style
 
         # Dark on light and light on dark: the terminal's own colour of text may be either.
-        bright = 0.299 * background[0] + 0.587 * background[1] + 0.114 * background[2] > 128
-        style = Style(color=Color.from_rgb(*(BLACK if bright else WHITE)), bgcolor=Color.from_rgb(*background))
+        shown = Color.from_rgb(*background).downgrade(self._colours)
+        r, g, b = shown.get_truecolor()
+        bright = 0.299 * r + 0.587 * g + 0.114 * b > 128
+        style = Style(color=Color.from_rgb(*(BLACK if bright else WHITE)), bgcolor=shown)
         # A background that spans the end of a line colours the rest of the line on some terminals.
         for line in text.splitlines(keepends=True):
             words = line.rstrip("\r\n")
@@ -111,6 +118,8 @@ def check_picture(path: str | os.PathLike[str]) -> Path:
         raise RequestError(f"{path}: its folder does not exist.")
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name a file.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise RequestError(f"{path}: its folder cannot be written to.")
     _need("matplotlib.figure", f"{path}: pictures")
     return path
 

@@ -13,7 +13,8 @@ def run_config(model: LlamaConfig, checkpoint: str | None = None) -> ConfigDict:
     - `model`: exactly the fields of LlamaConfig, for `LlamaConfig.from_dict`.
     - `checkpoint`: folder to load, or "demo" for the model inside the package; None: none was chosen.
     - `mesh.data`, `mesh.model`: sizes of the mesh; None: `default_mesh`.
-    - `generate`: `max_new_tokens` in tokens, sampling parameters (None: the checkpoint's default) and `seed`.
+    - `generate`: `max_new_tokens` in tokens, sampling parameters (None: the checkpoint's default), `seed`, and
+      `sampler`, a text that says several of them, as --sampler takes it.
     """
     sampling = {name: config_dict.placeholder(float) for name in ("temperature", "top_p", "min_p")}
     integers = {name: config_dict.placeholder(int) for name in ("top_k", "seed")}
@@ -22,6 +23,6 @@ def run_config(model: LlamaConfig, checkpoint: str | None = None) -> ConfigDict:
             "model": dataclasses.asdict(model),
             "checkpoint": checkpoint or config_dict.placeholder(str),
             "mesh": {"data": config_dict.placeholder(int), "model": config_dict.placeholder(int)},
-            "generate": {"max_new_tokens": 128} | sampling | integers,
+            "generate": {"max_new_tokens": 128, "sampler": config_dict.placeholder(str)} | sampling | integers,
         }
     )

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from launch import sampling_flags
-from launch.generate import Printer
+from launch.printer import Printer
 from sharded_llama.engine.outputs import StreamEvent
 from sharded_llama.errors import RequestError
 from sharded_llama.sampling.entropy_settings import EntropySettings

@@ -51,7 +51,8 @@ class AsyncEngine:
         """The deltas of one request as they come, of all its n (or best_of) answers; stop strings are not looked for.
 
         Cancelling the task that iterates, or closing the iterator (`contextlib.aclosing`), aborts the request. Raises
-        RequestError when it cannot be served, EngineError when the engine is dead or dies.
+        RequestError when it cannot be served, EngineError when the engine is dead or dies. An answer that alone
+        cannot go on ends with a delta that has the error; the others go on.
         """
         listener = _Listener(request_id)
         unfinished = params.n_sequences
@@ -60,8 +61,6 @@ class AsyncEngine:
             while unfinished:
                 delta = await listener.next()
                 unfinished -= delta.finish_reason is not None
-                if delta.error:
-                    raise EngineError(delta.error)
                 yield delta
         finally:
             self._leave(listener)
@@ -197,6 +196,13 @@ class AsyncEngine:
                     return
                 call()
             deltas = self._engine.step()
+            if self._engine.is_dead:
+                # It says so to whom it still knows; what the last step had for others is lost with it.
+                said = next((delta.error for delta in deltas if delta.error), "the engine is dead.")
+                for listener in list(self._listeners.values()):
+                    self._deliver(listener, EngineError(said))
+                self._listeners.clear()
+                continue
             for delta in deltas:
                 if listener := self._listeners.get(delta.request_id):
                     self._deliver(listener, delta)

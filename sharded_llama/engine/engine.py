@@ -227,7 +227,9 @@ class Engine:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             bad = next((i for i in getattr(params, name) or () if i >= self.config.vocab_size), None)
             if bad is not None:
-                raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {self.config.vocab_size} tokens.")
+                raise RequestError(
+                    f"{name}: token id {bad} is outside the vocabulary of {self.config.vocab_size} tokens."
+                )
         if params.entropy and not self.options.entropy_sampler:
             raise RequestError("the entropy sampler is off: make the engine with entropy_sampler=True.")
         if params.entropy and (params.entropy.pause_token or 0) >= self.config.vocab_size:

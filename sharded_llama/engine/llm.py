@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ..attention import choose_backend
 from ..checkpoint import CheckpointSource
 from ..config import LlamaConfig
-from ..errors import RequestError, ShardedLlamaError
+from ..errors import EngineError, RequestError, ShardedLlamaError
 from ..mesh import broadcast_from_main, default_mesh
 from ..model import xfmr
 from ..sampling import SamplingParams
@@ -25,10 +26,11 @@ from ..sharding import DATA, put
 from ..tokenizer.chat import ChatTemplate, SpecialTokens, encode_chat, special_tokens
 from ..weights import init_weights
 from .engine import Engine, TokenDelta
-from .loading import LoadedModel, check_dtype, encode_text, load_model
-from .options import EngineOptions
+from .loading import LoadedModel, check_dtype, encode_text, open_draft, open_model
+from .options import EngineOptions, check_options
 from .outputs import Answers, Prompt, RequestOutput, StreamEvent, from_plain, to_plain
 
+_Mailbox = collections.deque[TokenDelta | EngineError]
 Messages = Sequence[Mapping[str, Any]]  # a conversation: {"role": ..., "content": ...} each
 
 
@@ -99,27 +101,32 @@ class LLM:
         rope_factor: float | None = None,
         skip_tokenizer: bool = False,
         chat_template: ChatTemplate | None = None,
+        draft_model: str | Path | CheckpointSource | LoadedModel | None = None,
         progress: bool = True,
         **options: Any,
     ):
-        """Loads the model (see `load_model`). `options` are those of `EngineOptions`, such as max_model_len=8192.
+        """Loads the model (see `open_model`). `options` are those of `EngineOptions`, such as max_model_len=8192.
 
-        `chat_template` replaces the checkpoint's. Raises CheckpointError, ConfigError, MeshError or TokenizerError
-        naming what is wrong.
+        `chat_template` replaces the checkpoint's. `draft_model` is a smaller one with the same tokenizer, which guesses
+        num_speculative_tokens at a time; it is loaded on the same mesh, in `dtype` or its checkpoint's. Raises
+        CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong, before weights are read where
+        it can be known.
         """
         self.options = EngineOptions.make(**options)
-        if isinstance(checkpoint, LoadedModel):
-            model = checkpoint
-        else:
-            model = load_model(
+        opened = checkpoint
+        if not isinstance(checkpoint, LoadedModel):
+            opened = open_model(
                 checkpoint,
                 mesh=mesh,
                 dtype=dtype,
                 attention=attention,
                 rope_factor=rope_factor,
                 skip_tokenizer=skip_tokenizer,
-                progress=progress,
             )
+        draft = None if draft_model is None else open_draft(draft_model, opened, dtype)
+        check_options(self.options, opened.config, draft and draft.config)
+        model = opened if isinstance(opened, LoadedModel) else opened.load(progress)
+        self.draft = draft if draft is None or isinstance(draft, LoadedModel) else draft.load(progress)
         check_dtype(model.config)
         self.config, self.mesh, self.weights, self.tokenizer = model.config, model.mesh, model.weights, model.tokenizer
         self.sampling_defaults = model.sampling_defaults or {"temperature": 0.0}
@@ -127,7 +134,7 @@ class LLM:
         self.backend = choose_backend(self.config, self.mesh.devices.flat[0], attention)
         self.progress = progress
         self._engine: Engine | None = None
-        self._mailboxes: dict[str, collections.deque[TokenDelta]] = {}  # of every run under way, by request
+        self._mailboxes: dict[str, _Mailbox] = {}  # of every run under way, by request
         self._n_requests = 0
         self._open_run: Stream | None = None
 
@@ -143,10 +150,17 @@ class LLM:
         return special_tokens(self.tokenizer)
 
     def resized(self, **options: Any) -> "LLM":
-        """The same model, sharing the weights, with an engine of its own of other options."""
+        """The same model, sharing the weights, with an engine of its own of other options.
+
+        A draft model stays, and guesses as many tokens as before where `options` do not say otherwise;
+        draft_model=None leaves it out.
+        """
         model = LoadedModel(
             self.config, self.mesh, self.weights, self.tokenizer, self.sampling_defaults, self.chat_template
         )
+        options = {"draft_model": self.draft} | options
+        if options["draft_model"] is not None:
+            options = {"num_speculative_tokens": self.options.num_speculative_tokens} | options
         return LLM(model, attention=self.backend, progress=self.progress, **options)
 
     @property
@@ -160,6 +174,7 @@ class LLM:
                 self.options,
                 attention=self.backend,
                 tokenizer=self.tokenizer,
+                draft=self.draft and (self.draft.config, self.draft.weights),
             )
         return self._engine
 
@@ -191,7 +206,8 @@ class LLM:
             else greedy, changed by `overrides`, such as max_tokens=64 or temperature=0.7.
 
         Raises RequestError for prompts or parameters that cannot be served, and nothing is run then; EngineError when
-        the device fails.
+        the device fails. An answer that alone cannot go on, as where its logits are not numbers, ends with the
+        finish_reason "error" and says why in `error`; the others go on.
         """
         prompts = _as_list(prompts)
         return self._answer(self._requests(prompts, [self.encode(p) for p in prompts], sampling_params, overrides))
@@ -291,6 +307,8 @@ class LLM:
         bar = tqdm(total=len(requests), desc="answering", unit="prompt", disable=None if self.progress else True)
         with bar:
             for event in self._run(requests, answers, timings):
+                if event.error:
+                    logging.warning("prompt %d, answer %d: %s", event.request, event.index, event.error)
                 if event.finish_reason is not None and not answers[event.request].n_unfinished:
                     bar.set_postfix_str(f"{timings.tokens_per_s:.1f} tokens/s", refresh=False)
                     bar.update()
@@ -321,19 +339,20 @@ class LLM:
         self._n_requests += len(requests)
         numbers = {str(first + i): i for i in range(len(requests))}
         unfinished = sum(r.params.n_sequences for r in requests)
-        mailbox: collections.deque[TokenDelta] = collections.deque()
+        mailbox: _Mailbox = collections.deque()
         try:
             for request_id, i in numbers.items():
                 self._mailboxes[request_id] = mailbox
                 engine.add_request(request_id, requests[i].token_ids, answers[i].engine_params)
             while unfinished:
-                for delta in engine.step() if not mailbox else ():
-                    if delta.request_id in self._mailboxes:
-                        self._mailboxes[delta.request_id].append(delta)
+                if not mailbox:
+                    self._step()
                 timings.compile_s = engine.runner.compile_s - compiled
                 timings.total_s = time.perf_counter() - start - timings.compile_s
                 while mailbox:
                     delta = mailbox.popleft()
+                    if isinstance(delta, EngineError):
+                        raise delta
                     event = answers[numbers[delta.request_id]].add(delta)
                     if event is None:  # it came after a stop string
                         continue
@@ -354,6 +373,15 @@ class LLM:
             if several:
                 engine.release()
                 _tell_others(failure)
+
+    def _step(self) -> None:
+        """Steps the engine, and hands out what that brought. Errors of a dead engine are raised where they arrive."""
+        deltas = self.engine.step()
+        is_dead = self.engine.is_dead
+        for delta in deltas:
+            if delta.request_id in self._mailboxes:
+                failed = delta.error and is_dead
+                self._mailboxes[delta.request_id].append(EngineError(delta.error) if failed else delta)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "backend"))

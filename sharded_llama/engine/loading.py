@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ..attention import choose_backend
 from ..checkpoint import CheckpointSource, hub, load_weights, open_checkpoint
 from ..config import LlamaConfig
-from ..errors import ConfigError, RequestError, TokenizerError
+from ..errors import CheckpointError, ConfigError, MeshError, RequestError, TokenizerError
 from ..hf_config import read_generation_config
 from ..mesh import check_mesh, default_mesh
 from ..tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +21,8 @@ from ..tokenizer.chat import ChatTemplate, load_chat_template
 from ..weights import XfmrWeights
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_checkpoint"
+# Tokenizers that give this the same ids are taken to be the same: words, code, numbers, spaces, several scripts.
+MIXED_TEXT = "Hello there, world's 12345.67\n\tdef f(x):\n    return x**2  # naïve Straße Привет 你好 かな 🙂"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,36 @@ class LoadedModel:
     chat_template: ChatTemplate | None = None
 
 
-def load_model(
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that fits its mesh, of which the weights are yet to be read."""
+
+    source: CheckpointSource
+    config: LlamaConfig
+    mesh: Mesh
+    tokenizer: Tokenizer | None
+    sampling_defaults: dict[str, Any]
+    chat_template: ChatTemplate | None
+
+    def load(self, progress: bool = True) -> LoadedModel:
+        """Reads the weights straight into their shards. Raises CheckpointError naming what is wrong."""
+        start = time.perf_counter()
+        weights = load_weights(self.source, self.config, mesh=self.mesh, progress=progress)
+        logging.info("weights: %.1f s", time.perf_counter() - start)
+        logging.info("mesh data:%d,model:%d, %s", *self.mesh.shape.values(), self.config.dtype)
+        return LoadedModel(self.config, self.mesh, weights, self.tokenizer, self.sampling_defaults, self.chat_template)
+
+
+def load_model(checkpoint: str | Path | CheckpointSource, *, progress: bool = True, **how: Any) -> LoadedModel:
+    """Reads a checkpoint straight into its shards: `open_model` with what it takes, and its weights.
+
+    `progress` shows a progress bar on a terminal. Raises CheckpointError, ConfigError, MeshError or TokenizerError
+    naming what is wrong.
+    """
+    return open_model(checkpoint, **how).load(progress)
+
+
+def open_model(
     checkpoint: str | Path | CheckpointSource,
     *,
     mesh: Mesh | None = None,
@@ -43,9 +74,8 @@ def load_model(
     attention: str | None = None,
     rope_factor: float | None = None,
     skip_tokenizer: bool = False,
-    progress: bool = True,
-) -> LoadedModel:
-    """Reads a checkpoint straight into its shards.
+) -> OpenedModel:
+    """Reads all of a checkpoint but its weights, so that mistakes show before these are read.
 
     Args:
       checkpoint: folder in any format that `open_checkpoint` knows, name of a repository of the Hugging Face hub such
@@ -53,10 +83,9 @@ def load_model(
         `open_checkpoint` gave.
       mesh: from `make_mesh`; default: all devices (`default_mesh`).
       dtype: of weights, activations and cache, such as "float32"; default: the checkpoint's.
-      attention: backend that will be used; a mistake shows before the weights are read.
+      attention: backend that will be used.
       rope_factor: of a Meta checkpoint with scaled rotary embeddings; default: see `meta_config.read_config`.
       skip_tokenizer: prompts will be token ids; the folder needs no tokenizer.
-      progress: shows a progress bar on a terminal.
 
     Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong.
     """
@@ -80,11 +109,38 @@ def load_model(
     if not defaults.pop("do_sample"):
         defaults = {"temperature": 0.0, **defaults}
     logging.info("config and tokenizer: %.1f s", time.perf_counter() - start)
-    start = time.perf_counter()
-    weights = load_weights(source, config, mesh=mesh, progress=progress)
-    logging.info("weights: %.1f s", time.perf_counter() - start)
-    logging.info("mesh data:%d,model:%d, %s", *mesh.shape.values(), config.dtype)
-    return LoadedModel(config, mesh, weights, tokenizer, defaults, template)
+    return OpenedModel(source, config, mesh, tokenizer, defaults, template)
+
+
+def open_draft(
+    draft: str | Path | CheckpointSource | LoadedModel, model: OpenedModel | LoadedModel, dtype: str | None = None
+) -> OpenedModel | LoadedModel:
+    """The smaller model that guesses tokens for `model`, on the same mesh.
+
+    Raises ConfigError for one of other tokens, MeshError for one that is or has to be on another mesh, and what
+    `open_model` raises.
+    """
+    try:
+        if not isinstance(draft, LoadedModel):
+            draft = open_model(draft, mesh=model.mesh, dtype=dtype, skip_tokenizer=model.tokenizer is None)
+        elif draft.mesh != model.mesh:
+            raise MeshError(f"it is on {draft.mesh}, the model on {model.mesh}: load both with the same mesh.")
+        _check_same_tokens(draft, model)
+    except (CheckpointError, ConfigError, MeshError, TokenizerError) as error:
+        raise type(error)(f"the draft model: {error}") from error
+    return draft
+
+
+def _check_same_tokens(draft: OpenedModel | LoadedModel, model: OpenedModel | LoadedModel) -> None:
+    """Raises ConfigError where both tokenizers are known to differ: by their sizes, or by the ids of a text."""
+    sizes = draft.config.vocab_size, model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"it has {sizes[0]} tokens, the model {sizes[1]}; both need the same tokenizer.")
+    if draft.tokenizer is None or model.tokenizer is None:
+        return
+    same_size = draft.tokenizer.vocab_size == model.tokenizer.vocab_size
+    if not same_size or draft.tokenizer.encode(MIXED_TEXT) != model.tokenizer.encode(MIXED_TEXT):
+        raise ConfigError("its tokenizer gives a text other ids than the model's; both need the same tokenizer.")
 
 
 def open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:

@@ -49,7 +49,9 @@ class Lockstep:
     def receive(self) -> Work | None:
         """In the other processes."""
         message = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(self._size, np.int32)))
-        kind, n_single, n_blocks, block, n_steps, mode, tables, copies, chooses, *sizes, for_draft = message[:HEADER].tolist()
+        kind, n_single, n_blocks, block, n_steps, mode, tables, copies, chooses, *sizes, for_draft = message[
+            :HEADER
+        ].tolist()
         if kind == STOP:
             return None
         shape = StepShape(n_single, n_blocks, block)

@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..errors import EngineError, RequestError
+from ..errors import RequestError
 from ..sampling import SamplingParams
 from ..sampling.entropy import TokenMetrics
 from ..tokenizer import StreamDecoder, Tokenizer
-from .engine import TokenDelta, TokenLogprob
+from .engine import Speculation, TokenDelta, TokenLogprob
 from .stop_strings import StopMatcher, StopStrings
 
 Prompt = str | Sequence[int]
@@ -34,10 +34,12 @@ class CompletionOutput:
     index: int  # which of the n answers; of best_of, 0 is the most likely
     text: str  # without the prompt and what ended it; empty when the model has no tokenizer
     token_ids: tuple[int, ...]  # the token that ended it included
-    finish_reason: str  # "stop"; "length": max_tokens or the end of the context; "abort"
+    finish_reason: str  # "stop"; "length": max_tokens or the end of the context; "abort"; "error"
     logprobs: tuple[Logprobs, ...] | None = None  # of each token, if asked for
     stop_reason: str | int | None = None  # the stop string or the one of stop_token_ids; None: end of sequence, length
     metrics: tuple[TokenMetrics, ...] | None = None  # of each token, of the entropy sampler
+    speculation: Speculation | None = None  # of its tokens; None: none, or a stop string ended it
+    error: str | None = None  # why it could not go on, where finish_reason is "error"
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -71,6 +73,8 @@ class StreamEvent:
     stop_reason: str | int | None = None
     metrics: tuple[TokenMetrics, ...] | None = None
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None  # on the first event of answer 0, if asked for
+    speculation: Speculation | None = None  # on the last event, as the next
+    error: str | None = None
 
 
 class Answers:
@@ -120,14 +124,11 @@ class Answers:
     def add(self, delta: TokenDelta) -> StreamEvent | None:
         """What a delta adds; None when its answer has ended before.
 
-        If the event has a finish_reason and the delta has none, the engine is to be told by `Engine.end`. Raises
-        EngineError for a delta that tells of one.
+        If the event has a finish_reason and the delta has none, the engine is to be told by `Engine.end`.
         """
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return None
-        if delta.error:
-            raise EngineError(delta.error)
         event = answer.add(delta)
         self.n_unfinished -= answer.finish_reason is not None
         if delta.prompt_logprobs is None:
@@ -151,7 +152,9 @@ class Answers:
 
 
 def _likelihood(output: CompletionOutput) -> float:
-    return -math.inf if output.cumulative_logprob is None else output.cumulative_logprob
+    """For comparing answers. One that an error cut short is never the better one."""
+    likelihood = None if output.error else output.cumulative_logprob
+    return -math.inf if likelihood is None else likelihood
 
 
 class _Answer:
@@ -182,12 +185,17 @@ class _Answer:
         self._metrics: list[TokenMetrics] | None = None
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self._speculation: Speculation | None = None
+        self._error: str | None = None
 
     def add(self, delta: TokenDelta) -> StreamEvent:
         self.finish_reason = delta.finish_reason
+        self._speculation, self._error = delta.speculation, delta.error
         if delta.finish_reason == "stop" and delta.token_ids:
             self._stop_by_token(delta.token_ids[-1])
         text, n_tokens = self._read(delta.token_ids)
+        if self.finish_reason != "error":  # a stop string came before it
+            self._error = None
         token_ids, logprobs, metrics = delta.token_ids[:n_tokens], None, None
         if text:
             self._texts.append(text)
@@ -201,7 +209,16 @@ class _Answer:
             self._metrics = self._metrics or []
             self._metrics += metrics
         return StreamEvent(
-            self._request, self._index, text, token_ids, self.finish_reason, logprobs, self.stop_reason, metrics
+            request=self._request,
+            index=self._index,
+            text=text,
+            token_ids=token_ids,
+            finish_reason=self.finish_reason,
+            logprobs=logprobs,
+            stop_reason=self.stop_reason,
+            metrics=metrics,
+            speculation=self._speculation,
+            error=self._error,
         )
 
     def output(self) -> CompletionOutput:
@@ -217,6 +234,8 @@ class _Answer:
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             stop_reason=self.stop_reason,
             metrics=None if self._metrics is None else tuple(self._metrics),
+            speculation=self._speculation,
+            error=self._error,
         )
 
     def _stop_by_token(self, token: int) -> None:
@@ -283,8 +302,9 @@ def from_plain(
     outputs = []
     for o in plain["outputs"]:
         logprobs, metrics = _map(_read_logprobs, o["logprobs"]), _map(lambda m: TokenMetrics(*m), o["metrics"])
-        lists = {"token_ids": tuple(o["token_ids"]), "logprobs": logprobs, "metrics": metrics}
-        outputs.append(CompletionOutput(**o | lists))
+        speculation = o["speculation"] and Speculation(*o["speculation"])
+        read = {"logprobs": logprobs, "metrics": metrics, "speculation": speculation}
+        outputs.append(CompletionOutput(**o | read | {"token_ids": tuple(o["token_ids"])}))
     prompt_logprobs = _map(_read_logprobs, plain["prompt_logprobs"])
     return RequestOutput(request_id, prompt, tuple(token_ids), tuple(outputs), prompt_logprobs)
 

@@ -32,7 +32,7 @@ class PromptLookup:
         self._size = size
 
     def propose(self, n: int) -> list[int]:
-        """At most `n` tokens: those after the latest place that has the n before it all, else after the latest place."""
+        """At most `n` tokens: those after the latest place that has so many after it, else after the earliest place."""
         known = self._buffer[: self._size]
         for length in range(min(self._most, self._size - 1), self._least - 1, -1):
             starts = np.flatnonzero(known[: self._size - length] == known[self._size - length])

@@ -164,7 +164,8 @@ class Runner:
         """Most bytes that any compiled step takes on a device beside weights and pages, and what is kept of slots."""
         temporaries = max(_beside(key, compiled.memory_analysis()) for key, compiled in self._compiled.items())
         kept = sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self._abstract_sampling)
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(self._abstract_sampling)
         )
         return temporaries + kept
 
@@ -292,7 +293,8 @@ class Runner:
             start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
             on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-            loops = LOOPS_ON_DEVICE if on_gpu and key[0] == "choose" else None
+            has_loops = key[0] == "choose" or key[-1] is True  # the search of the filters; metrics of attention
+            loops = LOOPS_ON_DEVICE if on_gpu and has_loops else None
             self._compiled[key] = jitted.lower(*args).compile(compiler_options=loops)
             seconds = time.perf_counter() - start
             self.compile_s += seconds

@@ -132,7 +132,8 @@ class _Shard:
         self.prefilling: list[Sequence] = []  # those with known tokens to compute
         self.decoding: list[Sequence] = []  # those whose next token comes from a decode row
         # Running but neither prefilling nor decoding: all that it may generate is scheduled, and is waited for.
-        self.blocks_left = 0  # chunk rows that the step being scheduled has room for
+        self.tokens_left = 0  # that the step being scheduled has room for
+        self.blocks_left = 0  # chunk rows that it has room for
         self.extra_rows = 0  # rows of one token in it beyond one for each running sequence
 
 
@@ -257,14 +258,13 @@ class Scheduler:
         self._computed = []
 
         for shard in self._shards:
-            room = (self.config.max_batched_tokens - len(shard.decoding)) // self.config.block
-            shard.blocks_left = min(self.config.max_blocks, room)
+            shard.tokens_left = self.config.max_batched_tokens - len(shard.decoding)
+            shard.blocks_left = min(self.config.max_blocks, shard.tokens_left // self.config.block)
             shard.extra_rows = 0
         n_steps = self._choose_steps()
         for shard in self._shards:
             self._reserve(shard, n_steps)
         decode = [_ready(shard.decoding) for shard in self._shards]
-        drafts = [self._drafts(*of_shard) for of_shard in zip(self._shards, decode, strict=True)]
         chunks: list[list[Chunk]] = [[] for _ in self._shards]
         if n_steps == 1:
             self._place_forks()
@@ -275,6 +275,7 @@ class Scheduler:
             self._admit(chunks)
         if not any(decode) and not any(chunks):
             return None
+        drafts = [self._drafts(*of_shard) for of_shard in zip(self._shards, decode, strict=True)]
         return self._plan(n_steps, decode, drafts, chunks)
 
     def update(
@@ -310,7 +311,7 @@ class Scheduler:
         return read
 
     def _accept(self, seq: Sequence, count: int, n_right: int) -> int:
-        """How many of a sequence's sampled tokens count: those of right drafts and one more. The rest was for nothing."""
+        """How many of a sequence's sampled tokens count: those of right drafts and one more."""
         seq.n_drafted += count - 1
         seq.n_accepted += n_right
         self._drafted_tokens += count - 1
@@ -356,17 +357,17 @@ class Scheduler:
                 self._close_table(seq, seq.n_computed + n_steps)
 
     def _drafts(self, shard: _Shard, decode: list[Sequence]) -> list[list[int]]:
-        """The drafts of decoding sequences as far as there are rows and pages for them; none that is not free."""
+        """The drafts of decoding sequences as far as rows and pages are left when everything else has its own."""
         drafts: list[list[int]] = []
+        room = shard.tokens_left
+        if self.config.block > 1:
+            room = min(room, len(shard.free_slots) - shard.extra_rows)
         n_waiting = sum(bool(seq.draft) for seq in decode)
         for seq in decode:
             if not seq.draft:
                 drafts.append([])
                 continue
-            room = len(shard.free_slots) - shard.extra_rows
-            if self.config.block == 1:
-                room = shard.blocks_left
-            n = min(len(seq.draft), max(0, room // n_waiting), seq.limit - len(seq.tokens) - 1)
+            n = min(len(seq.draft), room // n_waiting, seq.limit - len(seq.tokens) - 1)
             n_waiting -= 1
             while seq.n_reserved < seq.n_computed + 1 + n:
                 page = shard.pool.allocate() if shard.pool.n_free else None
@@ -374,10 +375,7 @@ class Scheduler:
                     n = seq.n_reserved - seq.n_computed - 1
                 else:
                     self._append_page(seq, page)
-            if self.config.block == 1:
-                shard.blocks_left -= n
-            else:
-                shard.extra_rows += n
+            room -= n
             drafts.append(seq.draft[:n])
             seq.draft = []
         return drafts
@@ -474,12 +472,13 @@ class Scheduler:
         """As much of the sequence's known tokens as the step has room for, at least one row."""
         block, start = self.config.block, seq.n_computed
         scored = seq.scores_prompt
+        end = min(start + shard.blocks_left * block, len(seq.tokens))
         if scored and block > 1:
-            end = min(start + 1 + len(shard.free_slots) - shard.extra_rows, len(seq.tokens))
+            end = min(end, start + 1 + len(shard.free_slots) - shard.extra_rows)
             shard.extra_rows += end - start - 1
-        else:
-            end = min(start + shard.blocks_left * block, len(seq.tokens))
-            shard.blocks_left -= -(-(end - start) // block)
+        n_blocks = -(-(end - start) // block)
+        shard.blocks_left -= n_blocks
+        shard.tokens_left -= n_blocks * block
         seq.n_computed = end
         last = end == len(seq.tokens)
         if last:
@@ -525,9 +524,7 @@ class Scheduler:
         self._table_updates, self._copies, self._placed = [], [], []
         return plan
 
-    def _advance(
-        self, shard: _Shard, decoding: list[Sequence], drafts: list[list[int]], n_steps: int
-    ) -> list[int]:
+    def _advance(self, shard: _Shard, decoding: list[Sequence], drafts: list[list[int]], n_steps: int) -> list[int]:
         """Counts the decode rows' tokens as pending. Returns how many count, of each row."""
         n_tokens = [n_steps] * len(decoding)
         for row, seq in enumerate(decoding):

@@ -22,8 +22,12 @@ class Sequence:
     params: Any = None  # of the engine; the scheduler does not look at it
     leader: "Sequence | None" = None  # a sequence of the same prompt, whose computed prompt this one shares
     one_by_one: bool = False  # its steps are not joined to several of one dispatch
-    speculates: bool = False  # its decode rows carry `draft`, and each waits until the tokens of the one before are read
-    scores_prompt: bool = False  # what follows each prompt token is looked at: every one is a row of its own, none cached
+    speculates: bool = (
+        False  # its decode rows carry `draft`, and each waits until the tokens of the one before are read
+    )
+    scores_prompt: bool = (
+        False  # what follows each prompt token is looked at: every one is a row of its own, none cached
+    )
 
     draft: list[int] = dataclasses.field(init=False, default_factory=list)  # guesses at the next tokens, the caller's
     n_drafted: int = dataclasses.field(init=False, default=0)  # guesses that were looked at

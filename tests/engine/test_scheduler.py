@@ -4,7 +4,9 @@
 """
 
 import collections
+import copy
 import hashlib
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +82,9 @@ class Device:
         self.expected = {}  # sequence -> its tokens if no stop token ended it
 
     def run(self, plan):
-        """Returns the sampled tokens, (n_steps, rows)."""
+        """Returns the sampled tokens, (most tokens of a row, rows), and how many of each row's drafts are right: None
+        where there are no drafts.
+        """
         entries = [entry[:3] for entry in plan.table_updates]
         assert len(set(entries)) == len(entries), "two updates of one entry have no order"
         for shard, slot, index, page in plan.table_updates:
@@ -92,15 +96,19 @@ class Device:
             self.pages[shard, target] = self.pages[shard, source]
 
         # Each row: sequence, shard, first position, its tokens or None (the slot's newest), whether it samples.
-        rows = []
+        rows, drafts = [], {}
         for shard in range(self.config.n_shards):
-            pairs = zip(plan.decode[shard], plan.decode_starts[shard], strict=True)
-            rows += [(seq, shard, start, None, True) for seq, start in pairs]
+            of_shard = zip(plan.decode[shard], plan.decode_starts[shard], plan.drafts[shard], strict=True)
+            for seq, start, guesses in of_shard:
+                given = [seq.tokens[-1], *guesses] if seq.speculates else None
+                rows.append((seq, shard, start, given, True))
+                drafts[seq] = guesses
             rows += [(c.seq, shard, c.start, c.tokens, c.last) for c in plan.chunks[shard]]
         assert [seq for seq, *_, samples in rows if samples] == plan.rows
         assert len({seq for seq, *_ in rows}) == len(rows), "a sequence is in a step twice"
         counts = dict(zip(plan.rows, plan.n_tokens, strict=True))
-        out = np.zeros((plan.n_steps, len(plan.rows)), np.int64)
+        out = np.zeros((max([plan.n_steps, *plan.n_tokens]), len(plan.rows)), np.int64)
+        n_right = [0] * len(plan.rows)
         for step in range(plan.n_steps):
             rows_now = []
             for seq, shard, start, tokens, samples in rows:
@@ -114,12 +122,18 @@ class Device:
                 self.write(seq, shard, start, given)
             at = 0
             for seq, shard, start, given, samples, counted in rows_now:
-                tokens = self.look(seq, shard, start + len(given)) if counted else []
+                guesses = drafts.get(seq, [])
+                known = start + len(given) - len(guesses)
+                for n in range(len(guesses) + 1):  # a row for each
+                    tokens = self.look(seq, shard, known + n, guesses[:n]) if counted else []
+                    if samples:
+                        out[step + n, at] = next_token(tokens, seq.params)
                 if samples:
-                    out[step, at] = next_token(tokens, seq.params)
                     self.newest[shard, seq.slot] = out[step, at]
+                    while n_right[at] < len(guesses) and guesses[n_right[at]] == out[n_right[at], at]:
+                        n_right[at] += 1
                     at += 1
-        return out
+        return out, n_right if any(map(any, plan.drafts)) else None
 
     def write(self, seq, shard, start, tokens):
         for position, token in enumerate(tokens, start):
@@ -128,8 +142,8 @@ class Device:
             if page < self.config.pages_per_shard:
                 self.pages[shard, page, place] = (token, position)
 
-    def look(self, seq, shard, length):
-        """The first `length` tokens of a sequence as its table shows them."""
+    def look(self, seq, shard, length, guesses=()):
+        """The first `length` tokens of a sequence as its table shows them; the last ones are guesses."""
         if length == 0:
             return []
         if seq not in self.expected:
@@ -139,20 +153,36 @@ class Device:
         entries = self.pages[shard, pages].reshape(-1, 2)[:length]
         tokens = entries[:, 0].tolist()
         assert entries[:, 1].tolist() == list(range(length)), "positions are lost or another sequence's"
-        assert tokens == self.expected[seq][:length], "a position holds the wrong token"
+        right = [*self.expected[seq][: length - len(guesses)], *guesses]
+        assert tokens == right, "a position holds the wrong token"
         return tokens
 
 
 def check_plan(config, plan):
     """What every plan promises about sizes."""
-    for decode, chunks in zip(plan.decode, plan.chunks, strict=True):
-        rows = [-(-len(chunk.tokens) // config.block) for chunk in chunks]
-        assert all(chunk.tokens for chunk in chunks)
-        assert sum(rows) <= config.max_blocks
-        assert len(decode) + config.block * sum(rows) <= config.max_batched_tokens
+    n_tokens = {}
+    for decode, drafts, chunks in zip(plan.decode, plan.drafts, plan.chunks, strict=True):
+        n_decode, n_blocks, n_single = len(decode) + sum(map(len, drafts)), 0, 0
+        for chunk in chunks:
+            assert chunk.tokens
+            if config.block > 1 and (chunk.scored or len(chunk.tokens) == 1):
+                n_single += len(chunk.tokens)
+            else:
+                n_blocks += -(-len(chunk.tokens) // config.block)
+        assert n_blocks <= config.max_blocks
+        assert n_decode + n_single + config.block * n_blocks <= config.max_batched_tokens
+        if config.block > 1:
+            assert n_decode + n_single <= config.slots_per_shard, "there is a row for each sequence that may run"
         assert plan.n_steps == 1 or not chunks
+        for seq, guesses in zip(decode, drafts, strict=True):
+            n_tokens[seq] = 1 + len(guesses)
+            assert seq.speculates or not guesses
+            assert plan.n_steps == 1 or not seq.one_by_one
+            if seq.speculates:
+                assert len(seq.tokens) + n_tokens[seq] <= seq.limit, "a token more than the last is looked for"
     assert plan.n_steps in (1, config.decode_steps)
-    assert all(1 <= n <= plan.n_steps for n in plan.n_tokens)
+    for seq, n in zip(plan.rows, plan.n_tokens, strict=True):
+        assert n == n_tokens.get(seq, 1) if plan.n_steps == 1 else 1 <= n <= plan.n_steps
     assert plan.rows or any(plan.chunks), "a plan does something"
 
 
@@ -163,26 +193,41 @@ class Run(NamedTuple):
     n_evicted: int
 
 
-def run(config, events, delay=0, seed=SEED, max_plans=10_000):
+def guess(sequences, device, rng):
+    """Drafts: right ones, and often a wrong one somewhere; sometimes none, or more than can be of use."""
+    for seq in sequences:
+        if seq not in device.expected:
+            device.expected[seq] = generated(seq.prompt, seq.params, device.config.max_model_len)
+        at = len(seq.tokens)
+        seq.draft = device.expected[seq][at : at + rng.choice([0, 1, 2, 3, 6, 30])]
+        if seq.draft and rng.random() < 0.6:
+            wrong = rng.randrange(len(seq.draft))
+            seq.draft[wrong] = (seq.draft[wrong] + 1) % VOCAB
+
+
+def run(config, events, delay=0, seed=SEED, max_plans=10_000, before_plan=lambda scheduler: None):
     """Runs a workload to its end.
 
-    events: (step, what, argument) with what "add" (a sequence) or "abort" (a request id); delay: how many later plans
-    are scheduled before a plan's tokens are read.
+    events: (step, what, argument) with what "add" (a sequence), "abort" (a request id) or "end" (a request id and an
+    index); delay: how many later plans are scheduled before a plan's tokens are read.
     """
-    scheduler, device = Scheduler(config, seed), Device(config)
+    scheduler, device, rng = Scheduler(config, seed), Device(config), random.Random(0)
+    do = {"add": scheduler.add, "abort": scheduler.abort, "end": lambda which: scheduler.end(*which, "error")}
     events = collections.deque(sorted(events, key=lambda event: event[0]))
     in_flight, plans, outputs = collections.deque(), [], collections.defaultdict(list)
     step = 0
     while events or scheduler.has_unfinished:
         while events and events[0][0] <= step:
             _, what, argument = events.popleft()
-            scheduler.add(argument) if what == "add" else scheduler.abort(argument)
+            do[what](argument)
         scheduler.check()
+        guess(scheduler.speculating(), device, rng)
+        before_plan(scheduler)
         plan = scheduler.schedule()
         scheduler.check()
         if plan is not None:
             check_plan(config, plan)
-            in_flight.append((plan, device.run(plan)))
+            in_flight.append((plan, *device.run(plan)))
             plans.append(plan)
         assert plan is not None or in_flight or events or not scheduler.has_unfinished, "nothing happens any more"
         assert len(plans) <= max_plans, "a sequence starves"
@@ -203,11 +248,11 @@ def run(config, events, delay=0, seed=SEED, max_plans=10_000):
 
 
 def assert_alone(config, outputs, sequences):
-    """Every sequence that was not aborted has the tokens of running alone; an aborted one, their beginning."""
+    """Every sequence that nobody ended has the tokens of running alone; one that was, their beginning."""
     for seq in sequences:
         tokens, reason = alone(seq, config.max_model_len)
         assert seq.prompt + outputs[seq] == seq.tokens
-        if seq.finish_reason == "abort":
+        if seq.finish_reason in ("abort", "error"):
             assert tokens[: len(seq.tokens)] == seq.tokens
         else:
             assert (seq.tokens, seq.finish_reason) == (tokens, reason)
@@ -551,6 +596,144 @@ def test_steps_are_not_joined_when_a_sequence_can_be_admitted_or_pages_lack():
     assert scheduler.schedule().n_steps == 1, "one token is all that is left"
 
 
+def speculating(name, prompt, max_tokens=8, **kwargs):
+    return sequence(name, prompt, max_tokens, speculates=True, one_by_one=True, **kwargs)
+
+
+def test_right_drafts_and_one_token_more_count():
+    scheduler, seq = scheduler_of(), speculating("a", [1, 2])
+    scheduler.add(seq)
+    first = scheduler.schedule()
+    assert scheduler.speculating() == [], "its first token is pending"
+    assert scheduler.schedule() is None
+    one_token_each(scheduler, first, 5)
+    assert scheduler.speculating() == [seq]
+    seq.draft = [6, 7, 8]
+    plan = scheduler.schedule()
+    assert (plan.decode, plan.decode_starts, plan.drafts) == ([[seq]], [[2]], [[[6, 7, 8]]])
+    assert (plan.n_tokens, plan.table_updates) == ([4], [(0, 0, 1, 1)]), "positions 2 to 5"
+    assert scheduler.schedule() is None, "nobody knows yet how far it comes"
+    assert scheduler.update(plan, np.array([[6], [7], [3], [9]]), [2]) == [(seq, [6, 7, 3])]
+    assert (seq.tokens, seq.n_drafted, seq.n_accepted) == ([1, 2, 5, 6, 7, 3], 3, 2)
+    assert scheduler.stats()[-2:] == (3, 2)
+    plan = scheduler.schedule()  # without drafts, as any other
+    assert (plan.decode_starts, plan.drafts, plan.n_tokens) == ([[5]], [[[]]], [1])
+    assert plan.table_updates == []
+    assert one_token_each(scheduler, plan, 4) == [(seq, [4])]
+
+
+def test_no_more_is_drafted_than_may_be_generated():
+    scheduler, seq = scheduler_of(), speculating("a", [1], max_tokens=4)
+    scheduler.add(seq)
+    one_token_each(scheduler, scheduler.schedule(), 5)
+    seq.draft = [6, 7, 8, 9]
+    plan = scheduler.schedule()
+    assert plan.drafts == [[[6, 7]]]
+    assert scheduler.update(plan, np.array([[6], [7], [8]]), [2]) == [(seq, [6, 7, 8])]
+    assert (seq.tokens, seq.finish_reason) == ([1, 5, 6, 7, 8], "length")
+
+
+def test_a_stop_among_right_drafts():
+    scheduler, seq = scheduler_of(), speculating("a", [1, 2, 3], stop_token_ids=frozenset({7}))
+    scheduler.add(seq)
+    one_token_each(scheduler, scheduler.schedule(), 5)
+    seq.draft = [6, 7, 8]
+    plan = scheduler.schedule()
+    assert scheduler.update(plan, np.array([[6], [7], [8], [9]]), [3]) == [(seq, [6, 7])]
+    assert (seq.tokens, seq.finish_reason) == ([1, 2, 3, 5, 6, 7], "stop")
+    follow_up = sequence("b", [1, 2, 3, 5, 6, 7, 8, 9, 1])
+    scheduler.add(follow_up)
+    assert scheduler.schedule().chunks[0][0].start == 4, "what was cut off is not cached, be it right"
+
+
+def test_wrong_drafts_are_not_cached():
+    scheduler, seq = scheduler_of(), speculating("a", [1, 2, 3], max_tokens=3)
+    scheduler.add(seq)
+    one_token_each(scheduler, scheduler.schedule(), 5)
+    seq.draft = [6]
+    assert scheduler.update(scheduler.schedule(), np.array([[9], [4]]), [0]) == [(seq, [9])]
+    one_token_each(scheduler, scheduler.schedule(), 9)
+    again = sequence("b", [1, 2, 3, 5, 6, 6])
+    scheduler.add(again)
+    assert scheduler.schedule().chunks[0][0].start == 4
+
+
+def test_drafts_share_the_rows_that_nobody_else_has():
+    scheduler = scheduler_of(slots_per_shard=8)
+    sequences = [speculating(name, [i]) for i, name in enumerate("abc")]
+    for seq in sequences:
+        scheduler.add(seq)
+    one_token_each(scheduler, scheduler.schedule(), 5)
+    for seq, n in zip(sequences, (1, 6, 6), strict=True):
+        seq.draft = [5] * n
+    scheduler.add(sequence("late", [9]))
+    plan = scheduler.schedule()
+    assert [len(guesses) for guesses in plan.drafts[0]] == [1, 1, 2], "of four rows; one of eight is the late one's"
+    assert names(plan.rows) == ["a", "b", "c", "late"]
+
+
+def test_what_waits_comes_before_drafts():
+    """A sequence, a fork, and a prompt under way: each has its row or block first."""
+    for changes in ({}, {"block": 1, "max_blocks": 4, "max_batched_tokens": 4}):
+        scheduler = scheduler_of(**changes)
+        seq = speculating("a", [1])
+        scheduler.add(seq)
+        one_token_each(scheduler, scheduler.schedule(), 5)
+        leader = sequence("b", [2, 3], arrival=1)
+        forks = [fork_of(leader, 1, arrival=1), fork_of(leader, 2, arrival=1)]
+        for new in (leader, *forks):
+            scheduler.add(new)
+        seq.draft = [1] * 9
+        plan = scheduler.schedule()
+        assert plan.rows == [seq, leader]
+        assert [len(guesses) for guesses in plan.drafts[0]] == [2 if not changes else 1]
+        scheduler.update(plan, np.zeros((1 + len(plan.drafts[0][0]), 2), int), [0, 0])
+        seq.draft = [1] * 6
+        plan = scheduler.schedule()
+        assert (plan.rows, plan.drafts) == ([seq, leader, *forks], [[[], []]])
+
+
+def test_drafts_take_only_free_pages():
+    scheduler = scheduler_of(pages_per_shard=2, max_model_len=8)
+    first, second = speculating("a", [1, 2, 3]), speculating("b", [4, 5, 6], arrival=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    one_token_each(scheduler, scheduler.schedule(), 7)
+    first.draft = second.draft = [1, 1]
+    plan = scheduler.schedule()
+    assert (plan.rows, plan.drafts, scheduler.stats().preemptions) == ([first, second], [[[], []]], 0)
+
+
+def test_a_sequence_that_is_preempted_keeps_what_its_drafts_bring():
+    scheduler = scheduler_of(pages_per_shard=3, max_model_len=12, slots_per_shard=5, prefix_caching=False)
+    low, high = speculating("low", [1, 2, 3], arrival=2), sequence("high", [4, 5, 6], arrival=1)
+    scheduler.add(low)
+    scheduler.add(high)
+    one_token_each(scheduler, scheduler.schedule(), 7)
+    low.draft = [7, 7, 7]
+    plan = scheduler.schedule()
+    assert (plan.rows, plan.drafts) == ([high, low], [[[], [7, 7, 7]]])
+    assert scheduler.schedule().rows == [high]
+    assert (low.slot, low.n_pending) == (-1, 4), "its pages are the other's"
+    assert scheduler.update(plan, np.full((4, 2), 7), [0, 2]) == [(high, [7]), (low, [7, 7, 7])]
+    scheduler.abort("high")
+    assert scheduler.schedule().chunks == [[Chunk(low, 0, [1, 2, 3, 7, 7, 7, 7], True)]]
+
+
+def test_a_scored_prompt_has_a_row_for_each_token():
+    scheduler = scheduler_of()
+    scheduler.add(sequence("cached", [1] * 9, max_tokens=1))
+    one_token_each(scheduler, scheduler.schedule())
+    seq = sequence("a", [1] * 9, scores_prompt=True)
+    scheduler.add(seq)
+    chunks = [scheduler.schedule().chunks for _ in range(3)]
+    assert chunks == [
+        [[Chunk(seq, 0, [1] * 4, False, True)]],
+        [[Chunk(seq, 4, [1] * 4, False, True)]],
+        [[Chunk(seq, 8, [1], True, True)]],
+    ], "four rows at a time, from the start though all is cached"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -640,13 +823,18 @@ def workloads(draw):
                 "salt": draw(st.integers(0, 1)),
                 "forks_apart": draw(st.booleans()),  # as requests of their own, which outlive the leader's
                 "forks_late_by": draw(st.sampled_from([0, 0, 0, 1, 3, 6])),
+                "speculates": draw(st.booleans()),
+                "scores_prompt": draw(st.sampled_from([False, False, True])),
             }
         )
-    aborts = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=2))
-    return config, draw(st.integers(0, 2)), requests, aborts
+    step, number = st.integers(0, 25), st.integers(0, 8)
+    ends = [(at, "abort", f"r{i}") for at, i in draw(st.lists(st.tuples(step, number), max_size=2))]
+    of_one = draw(st.lists(st.tuples(step, number, st.integers(0, 2)), max_size=2))
+    ends += [(at, "end", (f"r{i}", index)) for at, i, index in of_one]
+    return config, draw(st.integers(0, 2)), requests, ends
 
 
-def events_of(requests, aborts):
+def events_of(requests, ends):
     """Fresh sequences, and when what happens."""
     events, sequences = [], []
     for r in requests:
@@ -655,13 +843,20 @@ def events_of(requests, aborts):
             same = {k: r[k] for k in ("prompt", "max_tokens", "stop_token_ids", "priority")}
             name = f"{r['name']}.{index}" if index and r["forks_apart"] else r["name"]
             seq = Sequence(
-                request_id=name, index=index, arrival=r["at"], params=r["salt"] + 7 * index, leader=leader, **same
+                request_id=name,
+                index=index,
+                arrival=r["at"],
+                params=r["salt"] + 7 * index,
+                leader=leader,
+                one_by_one=r["speculates"],
+                speculates=r["speculates"],
+                scores_prompt=r["scores_prompt"] and index == 0,
+                **same,
             )
             leader = leader or seq
             sequences.append(seq)
             events.append((r["at"] + (r["forks_late_by"] if index else 0), "add", seq))
-    events += [(at, "abort", f"r{i}") for at, i in aborts]
-    return events, sequences
+    return events + ends, sequences
 
 
 def most_plans(config, sequences, delay):
@@ -696,11 +891,15 @@ def test_every_workload_gives_what_each_sequence_gives_alone(fuzz_settings):
     @fuzz_settings
     @given(workloads())
     def check(workload):
-        config, delay, requests, aborts = workload
-        events, sequences = events_of(requests, aborts)
+        config, delay, requests, ends = workload
+        events, sequences = events_of(requests, ends)
+        scored = [seq for seq in sequences if seq.scores_prompt]
         result = run(config, events, delay, max_plans=most_plans(config, sequences, delay))
         assert_alone(config, result.outputs, sequences)
+        assert_all_scored(result.plans, scored)
         assert result.stats.cached_tokens <= result.stats.prompt_tokens
+        assert result.stats.drafted_tokens == sum(seq.n_drafted for seq in sequences)
+        assert result.stats.accepted_tokens == sum(seq.n_accepted for seq in sequences)
         seen["preemptions"] += result.stats.preemptions
         seen["cached tokens"] += result.stats.cached_tokens
         seen["copies"] += sum(len(plan.copies) for plan in result.plans)
@@ -710,23 +909,76 @@ def test_every_workload_gives_what_each_sequence_gives_alone(fuzz_settings):
         seen["tables closed"] += sum(
             page == config.pages_per_shard for plan in result.plans for *_, page in plan.table_updates
         )
+        seen["right drafts"] += result.stats.accepted_tokens
+        seen["wrong drafts"] += result.stats.drafted_tokens - result.stats.accepted_tokens
+        seen["rows of scored prompts"] += sum(
+            len(chunk.tokens) for plan in result.plans for of in plan.chunks for chunk in of if chunk.scored
+        )
         for seq in sequences:
             seen[seq.finish_reason] += 1
 
     seen = collections.Counter()
     check()
     print(dict(seen))
-    for what in ("preemptions", "cached tokens", "copies", "evictions", "joined steps", "rows that run on"):
+    common = ("preemptions", "cached tokens", "copies", "evictions", "joined steps", "rows that run on")
+    for what in (*common, "right drafts", "wrong drafts", "rows of scored prompts"):
         assert seen[what] > 50, f"the workloads hardly ever come across {what}"
-    assert min(seen["tables closed"], seen["stop"], seen["length"], seen["abort"]) > 20
+    assert min(seen[what] for what in ("tables closed", "stop", "length", "abort", "error")) > 15
+
+
+def assert_all_scored(plans, sequences):
+    """What follows every prompt token of these was looked at, by the sequences that nobody ended."""
+    looked_at = collections.defaultdict(set)
+    for chunk in (chunk for plan in plans for of_shard in plan.chunks for chunk in of_shard if chunk.scored):
+        assert chunk.tokens == chunk.seq.prompt[chunk.start : chunk.start + len(chunk.tokens)]
+        looked_at[chunk.seq] |= set(range(chunk.start, chunk.start + len(chunk.tokens)))
+    for seq in sequences:
+        if seq.finish_reason not in ("abort", "error"):
+            assert looked_at[seq] == set(range(len(seq.prompt)))
+
+
+def test_drafts_take_nothing_from_anyone(fuzz_settings):
+    """A plan with drafts is the plan without them, and drafts besides: they preempt nobody and keep nobody waiting."""
+
+    def compare(scheduler):
+        if not any(seq.draft for seq in scheduler.speculating()):
+            return
+        plans, stats, running = [], [], []
+        for drafts in (True, False):
+            twin = copy.deepcopy(scheduler)
+            for seq in twin.speculating() if not drafts else ():
+                seq.draft = []
+            plans.append(twin.schedule())
+            stats.append(twin.stats()._replace(pages_used=0))
+            running.append([described(shard.running) for shard in twin._shards])
+        assert stats[0] == stats[1]
+        assert running[0] == running[1]
+        if plans[0] is None or plans[1] is None:  # all that speculate were preempted
+            assert plans[0] is plans[1]
+            return
+        seen["drafts"] += sum(len(guesses) for of_shard in plans[0].drafts for guesses in of_shard)
+        seen["chunks beside them"] += any(map(any, plans[0].drafts)) and any(plans[0].chunks)
+        with_drafts, without = (described(p._replace(drafts=[], n_tokens=[], table_updates=[])) for p in plans)
+        assert with_drafts == without
+
+    @settings(fuzz_settings, max_examples=fuzz_settings.max_examples // 2)
+    @given(workloads())
+    def check(workload):
+        config, delay, requests, ends = workload
+        run(config, events_of(requests, ends)[0], delay, before_plan=compare)
+
+    seen = collections.Counter()
+    check()
+    print(dict(seen))
+    assert min(seen["drafts"], seen["chunks beside them"]) > 30
 
 
 def test_plans_do_not_depend_on_the_seed(fuzz_settings):
     @settings(fuzz_settings, max_examples=100)
     @given(workloads())
     def check(workload):
-        config, delay, requests, aborts = workload
-        first, second = (run(config, events_of(requests, aborts)[0], delay, seed) for seed in (b"one", b"two"))
+        config, delay, requests, ends = workload
+        first, second = (run(config, events_of(requests, ends)[0], delay, seed) for seed in (b"one", b"two"))
         assert [described(p) for p in first.plans] == [described(p) for p in second.plans]
 
     check()

@@ -18,7 +18,7 @@ def processed(logits, params, prompt=(), generated=(), allowed=None):
         times = list(generated).count(token)
         z[token] -= params.frequency_penalty * times + params.presence_penalty
     if allowed is not None:
-        z[[t for t in range(len(z)) if t not in set(allowed)]] = -np.inf
+        z[np.setdiff1d(np.arange(len(z)), list(allowed))] = -np.inf
     return z
 
 
