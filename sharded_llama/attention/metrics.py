@@ -2,7 +2,7 @@
 
 Everything is read a block of positions at a time, as far as the longest row needs. Two passes: the first gives the
 normaliser and the entropy of each head, the second compares the heads position by position. The scores of the first
-block are kept between them, so that rows of up to BLOCK positions are read once.
+KEPT positions are kept between them, so that rows of up to as many are read once.
 """
 
 import math
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from ..kv_cache import KVPages
 from ..layers import dot
-from ..sharding import MODEL
+from ..sharding import DATA, MODEL
 
-BLOCK = 512  # cached positions that are scored at a time
+BLOCK = 128  # cached positions that are scored at a time
+KEPT = 2048
 # Below every score, and finite: no difference of peaks is NaN.
 NOTHING = -1e30
 LOWEST = -200.0  # exponent whose exponential is 0 in float32; finite, so that 0 times it is 0
@@ -68,11 +69,22 @@ def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, le
         return jnp.where(live_RS[:, None], s_RGMS.reshape(*q_RHK.shape[:2], block), NOTHING)
 
     n_needed = jnp.clip(-(-jnp.max(length_R) // block), 1, n_blocks)
-    first_RHS = scores(0)
+    n_kept = min(n_blocks, KEPT // block)  # blocks whose scores the second pass has from the first
+    n_first = jnp.minimum(n_needed, n_kept)
 
-    sums = _sums(first_RHS)
-    if n_blocks > 1:
-        sums = jax.lax.fori_loop(1, n_needed, lambda i, t: _merge(t, _sums(scores(i))), sums)
+    def keep(i: jax.Array, carry: tuple[_Sums, jax.Array]) -> tuple[_Sums, jax.Array]:
+        sums, kept_JRHS = carry
+        s_RHS = scores(i)
+        return _merge(sums, _sums(s_RHS)), jax.lax.dynamic_update_index_in_dim(kept_JRHS, s_RHS, i, 0)
+
+    nothing_RH = jnp.zeros(q_RHK.shape[:2], jnp.float32)
+    sums = _Sums(nothing_RH + NOTHING, nothing_RH, nothing_RH, nothing_RH)
+    sums = jax.tree.map(lambda x: jax.lax.pcast(x, (DATA, MODEL), to="varying"), sums)
+    kept_JRHS = jnp.zeros((n_kept, *q_RHK.shape[:2], block), jnp.float32)
+    kept_JRHS = jax.lax.pcast(kept_JRHS, (DATA, MODEL), to="varying")
+    sums, kept_JRHS = jax.lax.fori_loop(0, n_first, keep, (sums, kept_JRHS))
+    if n_blocks > n_kept:
+        sums = jax.lax.fori_loop(n_kept, n_needed, lambda i, t: _merge(t, _sums(scores(i))), sums)
     n_heads = q_RHK.shape[1] * jax.lax.axis_size(MODEL)
     used_R = jnp.maximum(length_R, 1).astype(jnp.float32)
     # Rows of length 0 have total 0: anything finite will do for them.
@@ -86,9 +98,10 @@ def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, le
         mean_RS = jax.lax.psum(jnp.sum(probs_RHS, axis=1), MODEL) / n_heads
         return jnp.sum(jnp.abs(probs_RHS - mean_RS[:, None]), axis=(1, 2))
 
-    apart_R = differences(first_RHS)
-    if n_blocks > 1:
-        apart_R = jax.lax.fori_loop(1, n_needed, lambda i, t: t + differences(scores(i)), apart_R)
+    apart_R = jax.lax.pcast(jnp.zeros(q_RHK.shape[:1], jnp.float32), (DATA, MODEL), to="varying")
+    apart_R = jax.lax.fori_loop(0, n_first, lambda i, t: t + differences(kept_JRHS[i]), apart_R)
+    if n_blocks > n_kept:
+        apart_R = jax.lax.fori_loop(n_kept, n_needed, lambda i, t: t + differences(scores(i)), apart_R)
 
     of_heads_3R = jnp.stack([jnp.sum(entropy_RH, axis=1), apart_R / used_R, jnp.sum(sums.size, axis=1) / used_R])
     mean_R, agreement_R, interaction_R = jax.lax.psum(of_heads_3R, MODEL) / n_heads

@@ -334,8 +334,8 @@ class Engine:
             if packed.masked:
                 # What the rows may choose depends on tokens that are to be read, while the device computes their logits.
                 new, waited = self._read_all()
-                masks, failed = self._masks(packed)
-                new += failed
+                masks, ended = self._masks(packed)
+                new += ended
                 for work in self._packer.masks(masks):
                     sampled = self._execute(work)
             self._in_flight.append(_Flight(plan, packed.columns, packed.scored, sampled))
@@ -366,15 +366,22 @@ class Engine:
         return new, time.perf_counter() - start
 
     def _masks(self, packed: Packed) -> tuple[list[tuple[Sequence, np.ndarray]], list[TokenDelta]]:
-        """The masks of unfinished rows; where a constraint cannot be kept the sequence ends."""
-        masks, failed = [], []
+        """The masks of unfinished rows; where a form is complete, or cannot be kept, the sequence ends."""
+        masks, ended = [], []
         for sequence in packed.masked:
-            if sequence.finish_reason is None:
-                try:
-                    masks.append((sequence, sequence.params.mask.mask(sequence.tokens[len(sequence.prompt) :])))
-                except ConstraintError as error:
-                    failed.append(self._fail(sequence, (), None, str(error)))
-        return masks, failed
+            if sequence.finish_reason is not None:
+                continue
+            try:
+                mask = sequence.params.mask.mask(sequence.tokens[len(sequence.prompt) :])
+            except ConstraintError as error:
+                ended.append(self._fail(sequence, (), None, str(error)))
+                continue
+            if mask.any():
+                masks.append((sequence, mask))
+            else:  # its form is complete, and the model has no token that says so
+                self.end(sequence.request_id, sequence.index)
+                ended.append(TokenDelta(sequence.request_id, sequence.index, (), None, "stop"))
+        return masks, ended
 
     def _read(self, flight: _Flight) -> list[TokenDelta]:
         """Waits for a step's tokens and hands them to the scheduler, which says what they mean."""

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import threading
 
+import jax
 import numpy as np
 import pytest
 from hf_reference import make_model, save
@@ -21,6 +22,8 @@ from sharded_llama.errors import EngineError, RequestError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 from sharded_llama.tokenizer import TokenKind
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 VOCAB = 131
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "num_pages": 12, "decode_steps": 1}
@@ -292,6 +295,55 @@ def test_a_failing_step_ends_every_request(serving, engine, permits, monkeypatch
         for _ in range(2):
             with pytest.raises(EngineError, match="the engine is dead: a step failed with RuntimeError"):
                 await collect(serving, "later", [5], SHORT)
+
+    finish(scenario())
+
+
+def test_an_error_of_one_answer_reaches_its_own_caller_alone(speaking, engine):
+    """After a token of this model no logits are numbers."""
+
+    async def scenario():
+        expected = await speaking.answer("alone", [5, 6], SHORT)
+        token = next(t for t in range(7, VOCAB) if t not in expected.outputs[0].token_ids)
+        weights = engine.runner.weights
+        table = np.array(weights.tok_embeddings)
+        table[token] = np.nan
+        table = jax.device_put(table, weights.tok_embeddings.sharding)
+        engine.runner.weights = weights._replace(tok_embeddings=table)
+        says_it = dataclasses.replace(SHORT, logit_bias={token: 100.0})
+        good, whole, tokens, events = await asyncio.gather(
+            speaking.answer("good", [5, 6], SHORT),
+            speaking.answer("whole", [5, 6], says_it),
+            collect(speaking, "tokens", [5, token], dataclasses.replace(SHORT, n=2)),
+            collect_text(speaking, "events", [5, 6], says_it),
+        )
+        assert good.outputs == expected.outputs
+        (cut,) = whole.outputs
+        error = "the model's logits for the next token are not numbers"
+        assert (cut.token_ids, cut.finish_reason, cut.error) == ((token,), "error", error)
+        assert tokens == [[], []]
+        assert events == [(chr(0x100 + token), (token,), "error", None)]
+        deltas = [delta async for delta in speaking.generate("deltas", [token], SHORT)]
+        assert [(d.token_ids, d.finish_reason, d.error) for d in deltas] == [((), "error", error)]
+        last = [event async for event in speaking.stream("last", [token], SHORT)]
+        assert [(e.text, e.finish_reason, e.error) for e in last] == [("", "error", error)]
+        assert await speaking.answer("good", [5, 6], SHORT) == dataclasses.replace(expected, request_id="good")
+
+    finish(scenario())
+    assert not engine.is_dead
+    assert engine.stats().scheduler.pages_used == 0
+
+
+def test_who_is_not_named_by_a_step_that_failed_hears_of_it(serving, engine, permits, monkeypatch):
+    """What a step had found before it failed is lost; nobody may wait for it."""
+
+    async def scenario():
+        started = await first_delta(serving, permits, "started")
+        monkeypatch.setattr(engine, "_step", lambda: engine._sequences.clear() or fail())
+        permits.release(PERMITS)
+        with pytest.raises(EngineError, match="the engine is dead"):
+            async for _ in started:
+                pass
 
     finish(scenario())
 

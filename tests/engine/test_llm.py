@@ -1,6 +1,8 @@
 """The Python API: greedy text equals transformers', rows do not disturb one another, and mistakes are named."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,11 +13,16 @@ from hf_reference import MODELS, distance, logits, make_model, save
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import sharded_llama
+from sharded_llama.engine import loading
+from sharded_llama.engine.engine import Speculation, TokenDelta, TokenLogprob
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.loading import LoadedModel
-from sharded_llama.errors import ConfigError, MeshError, RequestError, TokenizerError
+from sharded_llama.engine.outputs import Answers, RequestOutput, from_plain, to_plain
+from sharded_llama.errors import CheckpointError, ConfigError, EngineError, MeshError, RequestError, TokenizerError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 SMALL = {
     "max_num_seqs": 16,
@@ -341,6 +348,171 @@ class TestForward:
     def test_refuses(self, llm, tokens):
         with pytest.raises(RequestError):
             llm.forward(tokens)
+
+
+def loaded_of(llm, **changes):
+    model = LoadedModel(llm.config, llm.mesh, llm.weights, llm.tokenizer, llm.sampling_defaults)
+    return dataclasses.replace(model, **changes)
+
+
+class TestSpeculation:
+    """Answers stay what they are; that the guesses are checked rightly is tested with the engine."""
+
+    PARAMS = {"temperature": 0.8, "seed": 4, "max_tokens": 12, "ignore_eos": True}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    def one(self, folder):
+        return load(folder, mesh=make_mesh(1, 1))
+
+    def test_a_draft_model_from_a_folder(self, folder, one):
+        drafted = load(folder, mesh=one.mesh, draft_model=folder, num_speculative_tokens=3)
+        texts = ["the cat", "mat"]
+        expected, answers = generate(one, texts, **self.PARAMS), generate(drafted, texts, **self.PARAMS)
+        assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+        assert {a.speculation for a in expected} == {None}
+        counts = drafted.engine.stats().scheduler
+        assert counts.accepted_tokens == counts.drafted_tokens == sum(a.speculation.drafted for a in answers)
+        assert all(a.speculation.accepted == a.speculation.drafted >= 6 for a in answers), "it is the same model"
+        events = list(drafted.stream(texts, **self.PARAMS))
+        told = {e.request: e.speculation for e in events if e.finish_reason}
+        assert told == {i: a.speculation for i, a in enumerate(answers)}
+        assert {e.speculation for e in events if e.finish_reason is None} == {None}
+
+    def test_another_size_keeps_it(self, one):
+        drafted = LLM(loaded_of(one), draft_model=loaded_of(one), **SMALL | {"num_speculative_tokens": 3})
+        again, more = drafted.resized(**SMALL), drafted.resized(**SMALL, num_speculative_tokens=5)
+        assert again.draft.weights is more.draft.weights is one.weights
+        assert (again.options.num_speculative_tokens, more.options.num_speculative_tokens) == (3, 5)
+        without = drafted.resized(**SMALL, draft_model=None)
+        assert (without.draft, without.options.num_speculative_tokens) == (None, None)
+        (answer,) = generate(again, "the cat", **self.PARAMS)
+        assert answer.token_ids == generate(one, "the cat", **self.PARAMS)[0].token_ids
+        assert answer.speculation.accepted >= 6
+
+    def test_prompt_lookup(self, one):
+        llm = one.resized(**SMALL, num_speculative_tokens=4, prompt_lookup_min=1)
+        ids = [1, *[5, 6, 7, 8] * 4]
+        found, expected = generate(llm, [ids], max_tokens=20), generate(one, [ids], max_tokens=20)
+        assert found[0].token_ids == expected[0].token_ids
+        assert found[0].speculation.drafted >= found[0].speculation.accepted
+
+    @pytest.mark.parametrize(
+        ("changes", "options", "error", "message"),
+        [
+            ({}, {}, ConfigError, "a draft model needs num_speculative_tokens"),
+            ({"mesh": (1, 2)}, {"num_speculative_tokens": 2}, MeshError, "the draft model: it is on .*same mesh"),
+            ({"vocab_size": 299}, {"num_speculative_tokens": 2}, ConfigError, "it has 299 tokens, the model 300"),
+            ({"max_seq_len": 9}, {"num_speculative_tokens": 2}, ConfigError, "give max_model_len=9 or less"),
+            ({"tokens": "other"}, {"num_speculative_tokens": 2}, ConfigError, "gives a text other ids"),
+        ],
+        ids=["count", "mesh", "vocabulary", "context", "tokenizer"],
+    )
+    def test_a_draft_that_does_not_fit(self, one, folder, tmp_path, changes, options, error, message):
+        changes = dict(changes)
+        given = {"mesh": make_mesh(*changes.pop("mesh"))} if "mesh" in changes else {}
+        if changes.pop("tokens", None):
+            tokenizer = json.loads((folder / "tokenizer.json").read_text())
+            tokenizer["model"]["merges"].pop()
+            (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+            given["tokenizer"] = loading.load_tokenizer(tmp_path)
+            assert given["tokenizer"].vocab_size == one.tokenizer.vocab_size
+        draft = loaded_of(one, config=one.config.replace(**changes), **given)
+        with pytest.raises(error, match=message):
+            LLM(loaded_of(one), draft_model=draft, **SMALL, **options)
+
+    def test_mistakes_show_before_weights_are_read(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(loading, "load_weights", None)
+        with pytest.raises(CheckpointError, match="the draft model: .*nowhere"):
+            load(folder, draft_model=tmp_path / "nowhere", num_speculative_tokens=2)
+        other = shutil.copytree(folder, tmp_path / "other")
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["pre_tokenizer"] = None
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(ConfigError, match="the draft model: its tokenizer gives a text other ids"):
+            load(folder, draft_model=other, num_speculative_tokens=2)
+        with pytest.raises(ConfigError, match="a draft model needs num_speculative_tokens"):
+            load(folder, draft_model=folder)
+
+
+NAN = "the model's logits for the next token are not numbers"
+
+
+class TestErrors:
+    @pytest.fixture
+    def spoilt(self, llm, monkeypatch):
+        """A token after which no logits are numbers, and which nobody says by himself."""
+        said = {t for a in generate(llm, ["the cat", "mat"], max_tokens=9) for t in a.token_ids}
+        token = next(t for t in range(3, 300) if t not in said | {*llm.encode("the cat"), *llm.encode("mat")})
+        weights = llm.engine.runner.weights
+        table = np.array(weights.tok_embeddings)
+        table[token] = np.nan
+        table = jax.device_put(table, weights.tok_embeddings.sharding)
+        monkeypatch.setattr(llm.engine.runner, "weights", weights._replace(tok_embeddings=table))
+        return token
+
+    def test_an_error_of_one_answer_leaves_the_others_whole(self, llm, spoilt, caplog):
+        greedy = SamplingParams(temperature=0, max_tokens=9)
+        later = dataclasses.replace(greedy, logit_bias={spoilt: 100.0}, ignore_eos=True, logprobs=0)
+        batch = ["the cat", [1, spoilt], "the cat", "mat"]
+        with caplog.at_level("WARNING"):
+            outputs = llm.generate(batch, [greedy, dataclasses.replace(greedy, n=2), later, greedy])
+        alone = [generate(llm, batch[i], greedy)[0] for i in (0, 3)]
+        assert [outputs[i].outputs[0] for i in (0, 3)] == alone
+        assert {a.error for a in alone} == {None}
+        assert [(o.finish_reason, o.error, o.token_ids) for o in outputs[1].outputs] == [("error", NAN, ())] * 2
+        (last,) = outputs[2].outputs
+        assert (last.finish_reason, last.error, last.token_ids) == ("error", NAN, (spoilt,))
+        assert (last.text, len(last.logprobs)) == (llm.tokenizer.decode([spoilt]), 1)
+        told = [f"prompt {i}, answer {j}: {NAN}" for i, j in ((1, 0), (1, 1), (2, 0))]
+        assert sorted(r.getMessage() for r in caplog.records if NAN in r.getMessage()) == told
+        events = [e for e in llm.stream([batch[1], "mat"], greedy) if e.finish_reason]
+        assert sorted((e.request, e.error) for e in events if e.error) == [(0, NAN)]
+        assert len(events) == 2
+        assert not llm.engine.is_dead
+
+    def test_a_dead_engine_raises(self, llm, monkeypatch):
+        dying = llm.resized(**SMALL)
+
+        def fail(*_):
+            raise RuntimeError("the device is on fire")
+
+        started = dying.stream(["the cat", "mat"], **LONG)
+        next(iter(started))
+        monkeypatch.setattr(dying.engine.runner, "execute", fail)
+        with pytest.raises(EngineError, match="a step failed with RuntimeError: the device is on fire"):
+            dying.generate("sat", max_tokens=3)
+        with pytest.raises(EngineError, match="on fire"):
+            list(started)
+        with pytest.raises(EngineError, match="the engine is dead: a step failed"):
+            dying.generate("sat", max_tokens=3)
+
+    def answers(self, *deltas, **params):
+        """Outputs of the answers that these deltas make."""
+        made = Answers((1,), SamplingParams(**params), None, streamed=False)
+        for delta in deltas:
+            made.add(delta)
+        return made.outputs()
+
+    def test_what_an_error_cut_short_is_not_the_best_answer(self):
+        """It has fewer tokens, and so the higher likelihood."""
+        whole = TokenDelta("r", 0, (5, 6), (TokenLogprob(-3.0, 1, ()),) * 2, "length")
+        cut = TokenDelta("r", 1, (), (), "error", NAN)
+        assert [a.token_ids for a in self.answers(whole, cut, best_of=2)] == [(5, 6)]
+        turned = whole._replace(index=1), cut._replace(index=0)
+        assert [a.token_ids for a in self.answers(*turned, best_of=2)] == [(5, 6)]
+
+    def test_other_processes_get_errors_and_guesses(self):
+        plain = {"token_ids": (5,), "logprobs": None, "request_id": "r"}
+        deltas = [
+            TokenDelta(**plain, index=0, finish_reason="length", speculation=Speculation(5, 2)),
+            TokenDelta(**plain, index=1, finish_reason="error", error=NAN),
+        ]
+        outputs = self.answers(*deltas, n=2)
+        request = RequestOutput("0", "the", (1,), outputs)
+        read = from_plain(json.loads(json.dumps(to_plain(request))), "0", "the", [1])
+        assert read == request
+        assert isinstance(read.outputs[0].speculation, Speculation)
+        assert [o.error for o in read.outputs] == [None, NAN]
 
 
 class TestMistakes:

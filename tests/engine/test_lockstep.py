@@ -51,7 +51,7 @@ def assert_same(received, sent):
             assert (type(ours), ours) == (type(theirs), theirs), field
 
 
-def random_work(rng, shape, n_steps, mode, tables, copies, slots=0, known=0, chooses=True):
+def random_work(rng, shape, n_steps, mode, tables, copies, slots=0, known=0, **kwargs):
     def ints(rows, width):
         return rng.integers(-(2**31), 2**31, (SHARDS * rows, width)).astype(np.int32)
 
@@ -65,7 +65,7 @@ def random_work(rng, shape, n_steps, mode, tables, copies, slots=0, known=0, cho
         ints(PAGE_COPIES, 2) if copies else None,
         ints(slots, 77) if slots else None,
         ints(known, 99) if known else None,
-        chooses,
+        **kwargs,
     )
 
 
@@ -92,14 +92,14 @@ def test_every_kind_of_work(wire, options):
     assert not wire
 
 
-@pytest.mark.parametrize("chooses", [False, True])
-def test_changes_of_slots_and_counts_follow(wire, chooses):
+@pytest.mark.parametrize("flags", [{"chooses": True}, {"for_draft": True}, {}], ids=str)
+def test_changes_of_slots_and_counts_follow(wire, flags):
     """In messages of their own; what comes next is received from its beginning."""
     rng = np.random.default_rng(1)
     sizes = sizes_of(OPTIONS["several rows"], MESH)
     here, there = Lockstep(sizes, SHARDS), Lockstep(sizes, SHARDS)
     works = [
-        random_work(rng, shape, 1, Mode.SAMPLE, True, False, slots, known, chooses)
+        random_work(rng, shape, 1, Mode.SAMPLE, True, False, slots, known, **flags)
         for shape in (sizes.shapes[-1], None)
         for slots in (0, 3, 8)
         for known in (0, 1)

@@ -47,7 +47,9 @@ def sequence(slot, params=GREEDY, n_pages=3, prompt=(1,), generated=(), shard=0)
     return made
 
 
-def plan_of(decode=((), ()), chunks=((), ()), starts=((), ()), n_steps=1, table_updates=(), copies=(), placed=None):
+def plan_of(
+    decode=((), ()), chunks=((), ()), starts=((), ()), n_steps=1, table_updates=(), copies=(), placed=None, drafts=None
+):
     """Sequences with a chunk have just been placed, unless others are said to be."""
     rows, with_chunk = [], []
     for shard, of_shard in enumerate(chunks):
@@ -61,7 +63,7 @@ def plan_of(decode=((), ()), chunks=((), ()), starts=((), ()), n_steps=1, table_
         n_steps=n_steps,
         decode=list(map(list, decode)),
         decode_starts=list(map(list, starts)),
-        drafts=[[[] for _ in of_shard] for of_shard in decode],
+        drafts=drafts or [[[] for _ in of_shard] for of_shard in decode],
         chunks=list(map(list, chunks)),
         rows=rows,
         n_tokens=[n_steps] * len(rows),
@@ -178,6 +180,26 @@ def test_several_steps_have_the_room_of_their_pages(packer):
     (work,), *_ = packer.pack(plan_of(decode=([short, long], []), starts=([3, 70], []), n_steps=4))
     assert work.n_steps == 4
     assert work.rows_RX[:2, Column.LIMIT].tolist() == [PAGE_SIZE, 5 * PAGE_SIZE]
+
+
+def test_guesses_are_rows_behind_the_newest_token(packer):
+    """Of a sequence that is guessed at, whose newest token is given; the first of its rows is the one that counts."""
+    guessed, plain, waiting = sequence(3, generated=[40, 41]), sequence(5), sequence(0, generated=[60])
+    guessed.speculates = waiting.speculates = True
+    admitted(packer, guessed, plain, waiting)
+    drafts = [[[70, 71, 72], [], []], []]
+    plan = plan_of(decode=([guessed, plain, waiting], []), starts=([2, 8, 1], []), drafts=drafts)
+    (work,), columns, *_ = packer.pack(plan)
+    names = [Column.TOKEN, Column.START, Column.LENGTH, Column.SLOT, Column.SAMPLES]
+    assert [row[names].tolist() for row in used(work).values()] == [
+        [41, 2, 1, 3, 1],
+        [70, 3, 1, 3, 0],
+        [71, 4, 1, 3, 0],
+        [72, 5, 1, 3, 0],
+        [FROM_SLOT, 8, 1, 5, 1],
+        [60, 1, 1, 0, 1],
+    ]
+    assert columns.tolist() == [0, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +328,7 @@ class TestSlots:
 
     @pytest.mark.parametrize("params", [BIASED, ALLOWED, ENTROPY], ids=["bias", "allowed", "entropy"])
     def test_what_a_request_asks_for(self, packer, params):
-        (work,), _, _, masked = packer.pack(placing(sequence(1), sequence(6, params, shard=1)))
+        (work,), *_, masked = packer.pack(placing(sequence(1), sequence(6, params, shard=1)))
         allowed_W = None if params.allowed_token_ids is None else bits.of_ids(params.allowed_token_ids, VOCAB)
         entropy_E = None if params.entropy is None else pack_settings(params.entropy)
         ((at, settings),) = slot_changes(work).items()
@@ -407,7 +429,7 @@ class TestDynamicMasks:
     def test_the_choice_comes_apart(self, packer):
         free, waiting = sequence(1), sequence(2, shard=1)
         waiting.params.mask = types.SimpleNamespace(is_dynamic=True)
-        (work,), _, _, masked = packer.pack(placing(free, waiting))
+        (work,), *_, masked = packer.pack(placing(free, waiting))
         assert (work.chooses, masked) == (False, [waiting])
         np.testing.assert_array_equal(slot_changes(work)[1, 2], pack_slot(VOCAB))
         allowed_W = bits.of_ids([4, 100], VOCAB)
@@ -420,7 +442,7 @@ class TestDynamicMasks:
     def test_a_row_that_does_not_sample_waits_for_nothing(self, packer):
         waiting = sequence(2)
         waiting.params.mask = types.SimpleNamespace(is_dynamic=True)
-        (work,), _, _, masked = packer.pack(plan_of(chunks=([Chunk(waiting, 0, [5] * 3, False)], [])))
+        (work,), *_, masked = packer.pack(plan_of(chunks=([Chunk(waiting, 0, [5] * 3, False)], [])))
         assert (work.chooses, masked) == (True, [])
 
     def test_without_any_mask_left_the_choice_is_still_made(self, packer):
@@ -443,7 +465,7 @@ class TestScoredPrompts:
         return seq, packer.pack(plan)
 
     def test_the_first_part(self, packer):
-        seq, ((work,), columns, scored, _) = self.scored(packer, 0, 4, False)
+        seq, ((work,), columns, scored, *_) = self.scored(packer, 0, 4, False)
         first = work.shape.n_single + 1  # behind the second shard's decode row
         rows = [work.rows_RX[first + i] for i in range(4)]
         names = [Column.TOKEN, Column.START, Column.LENGTH, Column.SLOT, Column.SAMPLES, Column.FORCED]
@@ -460,7 +482,7 @@ class TestScoredPrompts:
         assert work.mode == Mode.LOGPROBS
 
     def test_the_last_part_samples_its_end(self, packer):
-        _, ((work,), columns, scored, _) = self.scored(packer, 4, 2, True)
+        _, ((work,), columns, scored, *_) = self.scored(packer, 4, 2, True)
         first = work.shape.n_single + 1
         assert work.rows_RX[first : first + 2, Column.FORCED].tolist() == [56, 0]
         assert work.rows_RX[first : first + 2, Column.SAMPLES].tolist() == [0, 1]
