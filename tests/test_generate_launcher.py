@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,17 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from launch import sampling_flags
+from launch import engine_flags, generate, metrics_flags, sampling_flags
+from launch.metrics_view import MetricsPrinter
 from launch.printer import Printer
+from sharded_llama.engine.engine import Engine
 from sharded_llama.engine.outputs import StreamEvent
-from sharded_llama.errors import RequestError
+from sharded_llama.errors import ConfigError, EngineError, RequestError
+from sharded_llama.sampling.entropy import Strategy
 from sharded_llama.sampling.entropy_settings import EntropySettings
 from sharded_llama.sampling.structured import StructuredOutputs
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "sharded_llama" / "demo_checkpoint"
@@ -240,6 +246,149 @@ def test_answers_are_printed_in_order(capsys):
             second = "--- prompt 1 of 2, answer 2 of 2 ---\nPb\n"
             assert capsys.readouterr().out == f"A\n{second}--- prompt 2 of 2, answer 1 of 2 ---\nQc"
     assert capsys.readouterr().out == "C\n--- prompt 2 of 2, answer 2 of 2 ---\nQ\n"
+
+
+def run_here(*args):
+    """The launcher within this process."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["generate", "--checkpoint=demo", "--mesh=data:1", "--max_new_tokens=8", *map(str, args)])
+        generate.main()
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+class TestMetrics:
+    def test_the_text_the_picture_and_the_records(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        run_here("--sampler=entropy seed(3)", "--show_metrics", "--prompt=ROMEO:", "--output=out.jsonl")
+        (record,) = lines(tmp_path / "out.jsonl")
+        out, err = capsys.readouterr()
+        assert out == f"ROMEO:{record['text']}\n", "no terminal: no colours and no legend"
+        assert "picture: metrics.png" in err
+        assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+        assert len(record["metrics"]) == len(record["token_ids"]) == 8
+        names = {strategy.name.lower() for strategy in Strategy}
+        for of_token in record["metrics"]:
+            assert of_token["strategy"] in names
+            assert 0 <= of_token["entropy"] <= 10, "bits, of 1024 tokens"
+            assert len(of_token) == 12
+
+    def test_several_answers_have_a_picture_each(self, tmp_path, capsys, monkeypatch):
+        drawn = {}
+        monkeypatch.setattr(metrics_flags, "write_picture", lambda path, *what: drawn.update({path: what}))
+        output = tmp_path / "out.jsonl"
+        run_here(
+            *("--sampler=entropy", "--show_metrics", "--n=2", "--prompt=A", "--prompt=ROMEO:", f"--output={output}"),
+            f"--metrics_picture={tmp_path / 'a.b.svg'}",
+        )
+        records = lines(output)
+        assert [path.name for path in drawn] == [f"a.b-{i}.svg" for i in (1, 2, 3, 4)]
+        for record, (texts, metrics) in zip(records, drawn.values(), strict=True):
+            assert "".join(texts).startswith(record["text"])
+            assert len(texts) == len(metrics) == len(record["token_ids"])
+            assert metrics[0].entropy == record["metrics"][0]["entropy"]
+        assert capsys.readouterr().err.count("picture: ") == 4
+
+    def test_no_picture(self, capsys):
+        run_here("--sampler=entropy", "--show_metrics", "--metrics_picture=", "--prompt=A", "--max_new_tokens=2")
+        assert "picture" not in capsys.readouterr().err
+
+    def test_a_config_may_choose_the_sampler(self):
+        config = f"--config={ROOT / 'configs' / 'demo.py'}"
+        assert settings(config) == {"max_tokens": 128}
+        made = settings(config, "--config.generate.sampler=entropy(top_k=4) seed(2)")
+        assert made == {"entropy": EntropySettings(top_k=4), "seed": 2, "max_tokens": 128}
+
+    def test_what_is_printed_on_a_terminal(self):
+        """The legend once, then each answer with its tints, its heading and its prompt without."""
+
+        class View(MetricsPrinter):
+            def __init__(self):
+                self.written = []
+
+            def legend(self):
+                self.written.append("legend")
+
+            def write(self, text, metrics=()):
+                self.written.append((text, *metrics))
+
+            def write_plain(self, text):
+                self.written.append(text)
+
+        view = View()
+        printer = Printer(["P"], 2, view)
+        for index, text, metrics, reason in [
+            (1, "c", ("m1",), None),
+            (0, "a", ("m2",), None),
+            (1, "", ("m3",), "stop"),
+            (0, "b", None, "stop"),
+        ]:
+            printer.add(StreamEvent(0, index, text, (), reason, metrics=metrics))
+        first = ["legend", "--- answer 1 of 2 ---\nP", ("a", "m2"), ("b",), "\n"]
+        assert view.written == [*first, "--- answer 2 of 2 ---\nP", ("c", "m1"), ("", "m3"), "\n"]
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--show_metrics"], "shows what the entropy sampler saw: add --sampler=entropy"),
+            (["--show_metrics", "--sampler=top_k(3)"], "add --sampler=entropy"),
+            (["--metrics_picture=a.png", "--sampler=entropy"], "a.png is drawn with --show_metrics alone"),
+            (["--show_metrics", "--sampler=entropy", "--metrics_picture=a.gif"], r"a\.gif: .* has to end with \.png"),
+            (["--show_metrics", "--sampler=entropy", "--metrics_picture=/nowhere/a.png"], "folder does not exist"),
+            (["--show_metrics", "--sampler=entropy", "--n=64", "--prompt=B"], "128 answers .* at most 64 are drawn"),
+            (["--show_metrics", "--sampler=entropy", "--chat"], "--prompt does not go with --chat"),
+            (["--sampler=entropy", "--num_speculative_tokens=2"], "does not go with the entropy sampler"),
+        ],
+        ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+    )
+    def test_mistakes_show_before_the_model_is_loaded(self, args, message, monkeypatch):
+        monkeypatch.setattr(generate.common, "load_model", None)
+        with pytest.raises(RequestError, match=message):
+            run_here("--prompt=A", *args)
+
+
+class TestSpeculation:
+    def test_the_summary_tells_of_it(self, capsys):
+        run_here("--sampler=greedy", "--draft_model=demo", "--num_speculative_tokens=3", "--prompt=ROMEO:")
+        out, err = capsys.readouterr()
+        assert out.startswith("ROMEO:\n")
+        drafted, accepted = map(int, re.search(r"(\d+) tokens drafted, (\d+) accepted \(100%\)", err).groups())
+        assert drafted == accepted > 0, "both are the same model"
+
+    def test_flags_without_it(self):
+        for flag in ("--draft_model=demo", "--prompt_lookup_max=4", "--prompt_lookup_min=2"):
+            with flagsaver.flagsaver():
+                flags.FLAGS(["generate", flag])
+                name = flag.partition("=")[0]
+                with pytest.raises(ConfigError, match=f"{name} belongs to guessed tokens: add --num_speculative"):
+                    engine_flags.engine_options()
+
+
+class TestErrors:
+    def test_the_other_answers_come_out_first(self, tmp_path, capsys, monkeypatch):
+        """A sequence whose logits are no numbers is ended by the engine."""
+        step = Engine.step
+
+        def failing(engine):
+            return [
+                delta._replace(token_ids=(), finish_reason="error", error="not a number") if bad else delta
+                for delta, bad in ((d, (d.request_id, d.index) == ("1", 0)) for d in step(engine))
+            ]
+
+        monkeypatch.setattr(Engine, "step", failing)
+        output = tmp_path / "out.jsonl"
+        with pytest.raises(EngineError) as raised:
+            run_here(*(f"--prompt={p}" for p in ("ROMEO:", "A", "KING")), f"--output={output}")
+        message = "1 of 3 answers ended with an error:\n  prompt 2, answer 1: not a number"
+        assert str(raised.value) == message
+        records = lines(output)
+        assert [r["finish_reason"] for r in records] == ["length", "error", "length"]
+        assert [r.get("error") for r in records] == [None, "not a number", None]
+        out, err = capsys.readouterr()
+        assert all(f"{r['prompt']}{r['text']}\n" in out for r in records)
+        assert "tokens/s" in err
 
 
 class TestMistakes:

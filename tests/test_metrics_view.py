@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import os
 import re
 
 import pytest
@@ -97,6 +98,28 @@ class TestPrinter:
         assert f"{background(ENTROPY)}b" in written
         assert f"{background(VARENTROPY)}c" in written
         assert written.endswith("\x1b[0md")
+
+    def test_what_stands_around_answers_has_no_tint(self, terminal):
+        """Nor does it take that of a token without text, such as an end of sequence; nothing else does after it."""
+        printer = MetricsPrinter(terminal)
+        printer.write("", [metrics(6.0, 10.0)])
+        printer.write_plain("--- answer 2 ---\n")
+        printer.write("sure", [metrics(0.0, 0.0)])
+        assert terminal.getvalue() == "--- answer 2 ---\nsure"
+
+    def test_text_can_be_read_where_there_are_few_colours(self, terminal, monkeypatch):
+        """The colour of text goes with the background that is shown, not with the one that was meant."""
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("COLORTERM")
+        printer = MetricsPrinter(terminal)
+        grid = [(h, v) for h in range(7) for v in range(0, 11, 2) if (h, v) != (0, 0)]
+        for h, v in grid:
+            printer.write("x", [metrics(h, v)])
+        colours = re.findall(r"\x1b\[(\d+);(\d+)m", terminal.getvalue())
+        assert len(colours) == len(grid)
+        dark, light = {"40", "41", "44", "45", "100", "101", "104"}, {"47", "102", "103", "106", "107"}
+        for text, background in colours:
+            assert background in (dark if text == "97" else light)
 
     def test_legend(self, terminal):
         MetricsPrinter(terminal).legend()
@@ -196,13 +219,17 @@ class TestPicture:
             ("a.gif", 1, 1, r"a\.gif: a picture's name has to end with \.png, \.svg, \.pdf"),
             ("none/a.png", 1, 1, "its folder does not exist"),
             ("folder.png", 1, 1, "is a folder"),
+            ("closed/a.png", 1, 1, "its folder cannot be written to"),
             ("a.png", 0, 0, f"1 to {MAX_TOKENS} tokens, not 0"),
             ("a.png", 2, 1, "2 tokens and metrics of 1"),
             ("a.png", MAX_TOKENS + 1, MAX_TOKENS + 1, f"1 to {MAX_TOKENS} tokens, not {MAX_TOKENS + 1}"),
         ],
     )
-    def test_what_cannot_be_drawn(self, tmp_path, name, n_tokens, n_metrics, message):
+    def test_what_cannot_be_drawn(self, tmp_path, monkeypatch, name, n_tokens, n_metrics, message):
         (tmp_path / "folder.png").mkdir()
+        (tmp_path / "closed").mkdir()
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed" and access(path, mode))
         with pytest.raises(RequestError, match=message):
             write_picture(tmp_path / name, ["a"] * n_tokens, [metrics(1.0, 1.0)] * n_metrics)
 

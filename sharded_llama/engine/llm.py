@@ -158,10 +158,10 @@ class LLM:
         model = LoadedModel(
             self.config, self.mesh, self.weights, self.tokenizer, self.sampling_defaults, self.chat_template
         )
-        options = {"draft_model": self.draft} | options
-        if options["draft_model"] is not None:
-            options = {"num_speculative_tokens": self.options.num_speculative_tokens} | options
-        return LLM(model, attention=self.backend, progress=self.progress, **options)
+        same = {"attention": self.backend, "progress": self.progress, "draft_model": self.draft}
+        if options.get("draft_model", self.draft) is not None:
+            same["num_speculative_tokens"] = self.options.num_speculative_tokens
+        return LLM(model, **same | options)
 
     @property
     def engine(self) -> Engine:

@@ -13,7 +13,7 @@ from hf_reference import MODELS, distance, logits, make_model, save
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import sharded_llama
-from sharded_llama.engine import loading
+from sharded_llama.engine import llm as llm_module, loading
 from sharded_llama.engine.engine import Speculation, TokenDelta, TokenLogprob
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.loading import LoadedModel
@@ -360,14 +360,10 @@ class TestSpeculation:
 
     PARAMS = {"temperature": 0.8, "seed": 4, "max_tokens": 12, "ignore_eos": True}  # noqa: RUF012
 
-    @pytest.fixture(scope="class")
-    def one(self, folder):
-        return load(folder, mesh=make_mesh(1, 1))
-
-    def test_a_draft_model_from_a_folder(self, folder, one):
-        drafted = load(folder, mesh=one.mesh, draft_model=folder, num_speculative_tokens=3)
+    def test_a_draft_model_from_a_folder(self, folder, llm):
+        drafted = load(folder, mesh=make_mesh(1, 1), draft_model=folder, num_speculative_tokens=3)
         texts = ["the cat", "mat"]
-        expected, answers = generate(one, texts, **self.PARAMS), generate(drafted, texts, **self.PARAMS)
+        expected, answers = generate(llm, texts, **self.PARAMS), generate(drafted, texts, **self.PARAMS)
         assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
         assert {a.speculation for a in expected} == {None}
         counts = drafted.engine.stats().scheduler
@@ -378,36 +374,39 @@ class TestSpeculation:
         assert told == {i: a.speculation for i, a in enumerate(answers)}
         assert {e.speculation for e in events if e.finish_reason is None} == {None}
 
-    def test_another_size_keeps_it(self, one):
-        drafted = LLM(loaded_of(one), draft_model=loaded_of(one), **SMALL | {"num_speculative_tokens": 3})
+    def test_another_size_keeps_it(self, llm, monkeypatch):
+        drafted = LLM(loaded_of(llm), draft_model=loaded_of(llm), **SMALL, num_speculative_tokens=3)
         again, more = drafted.resized(**SMALL), drafted.resized(**SMALL, num_speculative_tokens=5)
-        assert again.draft.weights is more.draft.weights is one.weights
         assert (again.options.num_speculative_tokens, more.options.num_speculative_tokens) == (3, 5)
         without = drafted.resized(**SMALL, draft_model=None)
-        assert (without.draft, without.options.num_speculative_tokens) == (None, None)
-        (answer,) = generate(again, "the cat", **self.PARAMS)
-        assert answer.token_ids == generate(one, "the cat", **self.PARAMS)[0].token_ids
-        assert answer.speculation.accepted >= 6
+        assert without.options.num_speculative_tokens is None
+        monkeypatch.setattr(llm_module, "Engine", lambda *_, draft, **__: draft)
+        for made in (drafted, again, more):
+            config, weights = made.engine
+            assert config == llm.config
+            assert weights is llm.weights
+        assert without.engine is None
 
-    def test_prompt_lookup(self, one):
-        llm = one.resized(**SMALL, num_speculative_tokens=4, prompt_lookup_min=1)
+    def test_prompt_lookup(self, llm):
+        looking = llm.resized(**SMALL, num_speculative_tokens=4, prompt_lookup_min=1)
         ids = [1, *[5, 6, 7, 8] * 4]
-        found, expected = generate(llm, [ids], max_tokens=20), generate(one, [ids], max_tokens=20)
+        found, expected = generate(looking, [ids], max_tokens=20), generate(llm, [ids], max_tokens=20)
         assert found[0].token_ids == expected[0].token_ids
         assert found[0].speculation.drafted >= found[0].speculation.accepted
+        assert looking.engine.stats().scheduler.drafted_tokens == found[0].speculation.drafted > 0
 
     @pytest.mark.parametrize(
         ("changes", "options", "error", "message"),
         [
             ({}, {}, ConfigError, "a draft model needs num_speculative_tokens"),
-            ({"mesh": (1, 2)}, {"num_speculative_tokens": 2}, MeshError, "the draft model: it is on .*same mesh"),
+            ({"mesh": (2, 2)}, {"num_speculative_tokens": 2}, MeshError, "the draft model: it is on .*same mesh"),
             ({"vocab_size": 299}, {"num_speculative_tokens": 2}, ConfigError, "it has 299 tokens, the model 300"),
             ({"max_seq_len": 9}, {"num_speculative_tokens": 2}, ConfigError, "give max_model_len=9 or less"),
             ({"tokens": "other"}, {"num_speculative_tokens": 2}, ConfigError, "gives a text other ids"),
         ],
         ids=["count", "mesh", "vocabulary", "context", "tokenizer"],
     )
-    def test_a_draft_that_does_not_fit(self, one, folder, tmp_path, changes, options, error, message):
+    def test_a_draft_that_does_not_fit(self, llm, folder, tmp_path, changes, options, error, message):
         changes = dict(changes)
         given = {"mesh": make_mesh(*changes.pop("mesh"))} if "mesh" in changes else {}
         if changes.pop("tokens", None):
@@ -415,14 +414,14 @@ class TestSpeculation:
             tokenizer["model"]["merges"].pop()
             (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
             given["tokenizer"] = loading.load_tokenizer(tmp_path)
-            assert given["tokenizer"].vocab_size == one.tokenizer.vocab_size
-        draft = loaded_of(one, config=one.config.replace(**changes), **given)
+            assert given["tokenizer"].vocab_size == llm.tokenizer.vocab_size
+        draft = loaded_of(llm, config=llm.config.replace(**changes), **given)
         with pytest.raises(error, match=message):
-            LLM(loaded_of(one), draft_model=draft, **SMALL, **options)
+            LLM(loaded_of(llm), draft_model=draft, **SMALL, **options)
 
     def test_mistakes_show_before_weights_are_read(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(loading, "load_weights", None)
-        with pytest.raises(CheckpointError, match="the draft model: .*nowhere"):
+        with pytest.raises(CheckpointError, match=r"the draft model: .*nowhere"):
             load(folder, draft_model=tmp_path / "nowhere", num_speculative_tokens=2)
         other = shutil.copytree(folder, tmp_path / "other")
         tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -23,7 +23,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = make_model("grouped", **MODEL, head_dim=64, num_key_value_heads=2, initializer_range=0.06)
+    model = make_model("grouped", **MODEL, initializer_range=0.06)
     return save(model, tmp_path_factory.mktemp("model"))
 
 

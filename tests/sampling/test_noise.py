@@ -87,3 +87,9 @@ def test_neighbouring_positions_seeds_and_draws_are_not_shifted_copies():
     a = of()
     for other in ({"position": 1}, {"seed": 8}, {"draw": 1}):
         assert np.intersect1d(a, of(**other)).size < 20, "among 4000 numbers of 2**32 hardly any are equal by chance"
+
+
+def test_draws_differ_among_one_another():
+    several = [of(draw=i) for i in (0, 1, 2, MAX_CANDIDATES - 1)]
+    for i, one in enumerate(several):
+        assert all(correlation(one, other) < 5 / np.sqrt(one.size) for other in several[:i])
