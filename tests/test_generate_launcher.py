@@ -1,6 +1,7 @@
 """The generate launcher as a user meets it: flags in, text out, one message for a mistake."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,16 +17,18 @@ from launch import engine_flags, generate, metrics_flags, sampling_flags
 from launch.metrics_view import MetricsPrinter
 from launch.printer import Printer
 from sharded_llama.engine.engine import Engine
-from sharded_llama.engine.outputs import StreamEvent
+from sharded_llama.engine.outputs import CompletionOutput, RequestOutput, StreamEvent
 from sharded_llama.errors import ConfigError, EngineError, RequestError
-from sharded_llama.sampling.entropy import Strategy
+from sharded_llama.sampling.entropy import Strategy, TokenMetrics
 from sharded_llama.sampling.entropy_settings import EntropySettings
 from sharded_llama.sampling.structured import StructuredOutputs
+from sharded_llama.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "sharded_llama" / "demo_checkpoint"
+METRICS = TokenMetrics(4.0, 6.0, 2.0, 0.5, 0.125, 0.75, Strategy.RESAMPLE, 1.5, 0.5, 27, 0.03, -1.5)
 
 
 def run(*flags, stdin="", simulate=1):
@@ -97,12 +100,15 @@ class TestOutput:
         output = tmp_path / "out.jsonl"
         status, _, stderr = run(
             *("--config=configs/demo.py", "--config.generate.max_new_tokens=3", "--config.mesh.model=2"),
+            *("--config.generate.sampler=entropy(top_k=4)", "--show_metrics", "--metrics_picture="),
             *("--mesh=data:2", "--prompt=A", f"--output={output}"),
             simulate=4,
         )
         assert status == 0, stderr
         assert "mesh data:2,model:1" in stderr
-        assert len(json.loads(output.read_text())["token_ids"]) == 3
+        record = json.loads(output.read_text())
+        assert len(record["token_ids"]) == len(record["metrics"]) == 3
+        assert "picture" not in stderr
 
     def test_several_answers_with_a_sampler_and_stop_strings(self, tmp_path):
         output = tmp_path / "out.jsonl"
@@ -275,31 +281,35 @@ class TestMetrics:
             assert 0 <= of_token["entropy"] <= 10, "bits, of 1024 tokens"
             assert len(of_token) == 12
 
-    def test_several_answers_have_a_picture_each(self, tmp_path, capsys, monkeypatch):
+    def test_several_answers_have_a_picture_each(self, tmp_path, monkeypatch):
+        """But not those that ended before they had a token; of a very long one the beginning is drawn."""
         drawn = {}
-        monkeypatch.setattr(metrics_flags, "write_picture", lambda path, *what: drawn.update({path: what}))
-        output = tmp_path / "out.jsonl"
-        run_here(
-            *("--sampler=entropy", "--show_metrics", "--n=2", "--prompt=A", "--prompt=ROMEO:", f"--output={output}"),
-            f"--metrics_picture={tmp_path / 'a.b.svg'}",
-        )
-        records = lines(output)
-        assert [path.name for path in drawn] == [f"a.b-{i}.svg" for i in (1, 2, 3, 4)]
-        for record, (texts, metrics) in zip(records, drawn.values(), strict=True):
-            assert "".join(texts).startswith(record["text"])
-            assert len(texts) == len(metrics) == len(record["token_ids"])
-            assert metrics[0].entropy == record["metrics"][0]["entropy"]
-        assert capsys.readouterr().err.count("picture: ") == 4
+        monkeypatch.setattr(metrics_flags, "write_picture", lambda path, *what: drawn.update({path.name: what}))
+        tokenizer = load_tokenizer(DEMO)
+        counts = ((3, 0), (1, metrics_flags.MAX_TOKENS + 1))
+        outputs = [
+            RequestOutput(
+                *("r", "P", (1,)),
+                tuple(CompletionOutput(i, "", (40,) * n, "length", metrics=(METRICS,) * n) for i, n in enumerate(two)),
+            )
+            for two in counts
+        ]
+        with flagsaver.flagsaver():
+            flags.FLAGS(["generate", "--show_metrics", f"--metrics_picture={tmp_path / 'a.b.svg'}"])
+            files = metrics_flags.draw_pictures(outputs, tokenizer)
+            assert [path.name for path in metrics_flags.pictures(1)] == ["a.b.svg"]
+            flags.FLAGS(["generate", "--show_metrics", "--metrics_picture="])
+            assert metrics_flags.draw_pictures(outputs, tokenizer) == []
+        assert [path.name for path in files] == list(drawn) == ["a.b-1.svg", "a.b-3.svg", "a.b-4.svg"]
+        for n, (texts, metrics) in zip((3, 1, metrics_flags.MAX_TOKENS), drawn.values(), strict=True):
+            assert texts == [tokenizer.decode([40])] * n
+            assert metrics == [METRICS] * n
 
-    def test_no_picture(self, capsys):
-        run_here("--sampler=entropy", "--show_metrics", "--metrics_picture=", "--prompt=A", "--max_new_tokens=2")
-        assert "picture" not in capsys.readouterr().err
-
-    def test_a_config_may_choose_the_sampler(self):
-        config = f"--config={ROOT / 'configs' / 'demo.py'}"
-        assert settings(config) == {"max_tokens": 128}
-        made = settings(config, "--config.generate.sampler=entropy(top_k=4) seed(2)")
-        assert made == {"entropy": EntropySettings(top_k=4), "seed": 2, "max_tokens": 128}
+    def test_records(self):
+        """JSON has no numbers that are not finite."""
+        odd = METRICS._replace(entropy=math.nan, score=-math.inf)
+        (record,) = metrics_flags.metrics_records(CompletionOutput(0, "", (5,), "stop", metrics=(odd,)))
+        assert record == METRICS._asdict() | {"entropy": None, "score": None, "strategy": "resample"}
 
     def test_what_is_printed_on_a_terminal(self):
         """The legend once, then each answer with its tints, its heading and its prompt without."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -84,13 +85,18 @@ def one_process(folder, tmp_path_factory):
 
 
 # data:2,model:4 has one data shard in each process; data:1,model:8 has every layer's sums across the processes.
-@pytest.mark.parametrize("mesh", ["data:2,model:4", "data:1,model:8", "data:4,model:2"])
-def test_same_text_as_one_process(folder, one_process, mesh, tmp_path):
+# With guesses, by the model itself, the steps of two models travel.
+@pytest.mark.parametrize(
+    ("mesh", "speculates"), [("data:2,model:4", False), ("data:1,model:8", False), ("data:4,model:2", True)]
+)
+def test_same_text_as_one_process(folder, one_process, mesh, speculates, tmp_path):
     output = tmp_path / "out.jsonl"
-    (status0, stdout0, stderr0), (status1, stdout1, stderr1) = run(2, 4, mesh, folder, output)
+    extra = (f"--draft_model={folder}", "--num_speculative_tokens=3") if speculates else ()
+    (status0, stdout0, stderr0), (status1, stdout1, stderr1) = run(2, 4, mesh, folder, output, *extra)
     assert (status0, status1) == (0, 0), stderr0 + stderr1
     assert records(output) == one_process
     assert "8 cpu devices" in stderr0
+    assert ("accepted (100%)" in stderr0) == speculates
     assert PROMPTS[1] in stdout0
     assert stdout1 == "", "only process 0 writes the output"
 
@@ -107,6 +113,20 @@ def test_sampled_text_and_a_mistake_in_every_process(folder, tmp_path):
     for _, _, stderr in results:
         assert "error: --prompt_file=/does/not/exist" in stderr
         assert "Traceback" not in stderr
+
+
+def test_penalties_and_a_form_that_only_process_0_knows(folder, tmp_path):
+    """Counts and masks travel with the steps; the device that draws from them may belong to another process."""
+    settings = ("--sampler=temperature(0.8) top_p(0.9) repetition_penalty(1.2) seed(3)", "--regex=[0-9]{3}-[a-z]{2}")
+    output = tmp_path / "out.jsonl"
+    results = run(2, 4, "data:2,model:4", folder, output, *settings)
+    assert [r[0] for r in results] == [0, 0], results
+    together = records(output)
+    ((status, _, stderr),) = run(1, 8, "data:2,model:4", folder, output, *settings)
+    assert status == 0, stderr
+    assert together == records(output)
+    assert all(re.fullmatch("[0-9]{3}-[a-z]{2}", record["text"]) for record in together), together
+    assert len({record["text"] for record in together}) > 1
 
 
 def test_a_mesh_that_leaves_a_process_without_a_device(folder, tmp_path):

@@ -39,7 +39,7 @@ def test_examples(tokens, n, expected):
     assert PromptLookup(tokens, 2, 3).propose(n) == expected == searched(tokens, 2, 3, n)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=6),
     st.integers(1, 4),

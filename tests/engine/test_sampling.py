@@ -253,7 +253,7 @@ def test_greedy_requests_equal_the_specification(changed, kind):
         for order in orders:
             found = tokens_of(run(engine, order))
             assert found == {key: of for key, of in expected.items() if key[0] in order}
-    assert len(names & {"repetition", "frequency", "presence", "everything"}) >= 2
+    assert len(names & {"repetition", "frequency", "presence", "everything"}) >= 1
     assert engine.stats().scheduler.cached_tokens > 0
     for name in ("frequency", "everything", "banned"):
         alone = tokens_of(run(engine, {name: cases[name]}))
