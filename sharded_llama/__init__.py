@@ -21,12 +21,15 @@ from .engine.outputs import CompletionOutput, Logprob, RequestOutput, StreamEven
 from .errors import ShardedLlamaError
 from .mesh import default_mesh, make_mesh, simulate_cpu_devices
 from .sampling import SamplingParams
+from .sampling.entropy_settings import EntropySettings
+from .sampling.structured import StructuredOutputs
 
 __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
     "Engine",
+    "EntropySettings",
     "LlamaConfig",
     "Logprob",
     "RequestOutput",
@@ -34,6 +37,7 @@ __all__ = [
     "ShardedLlamaError",
     "Stream",
     "StreamEvent",
+    "StructuredOutputs",
     "default_mesh",
     "make_mesh",
     "simulate_cpu_devices",

@@ -1,5 +1,6 @@
 """The generate launcher as a user meets it: flags in, text out, one message for a mistake."""
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from launch import engine_flags, generate, metrics_flags, sampling_flags
+from launch.chat import converse
 from launch.metrics_view import MetricsPrinter
 from launch.printer import Printer
 from sharded_llama.engine.engine import Engine
@@ -399,6 +401,27 @@ class TestErrors:
         out, err = capsys.readouterr()
         assert all(f"{r['prompt']}{r['text']}\n" in out for r in records)
         assert "tokens/s" in err
+
+    def test_a_conversation_goes_on(self, capsys, monkeypatch):
+        """Without the message that had no whole answer."""
+        asked = []
+
+        class Model:
+            def encode_chat(self, messages):
+                asked.append([m["content"] for m in messages])
+                return [1]
+
+            def stream(self, _):
+                is_bad = asked[-1][-1] == "bad"
+                error = "not a number" if is_bad else None
+                yield StreamEvent(0, 0, "An", (5,), None)
+                yield StreamEvent(0, 0, "swer", (6,), "error" if is_bad else "stop", error=error)
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO("good\nbad\nlast\n"))
+        converse(Model(), None, {})
+        assert asked[1:] == [["good"], ["good", "Answer", "bad"], ["good", "Answer", "last"]]
+        out, err = capsys.readouterr()
+        assert (out, err) == ("Answer\n" * 3, "error: not a number\n")
 
 
 class TestMistakes:

@@ -318,6 +318,10 @@ class Scheduler:
         self._accepted_tokens += n_right
         if seq.slot >= 0:  # else it was preempted
             seq.n_computed -= count - 1 - n_right
+            needed = seq.n_computed // self.config.page_size + 1
+            self._shards[seq.shard].pool.free(seq.pages[needed:])
+            del seq.pages[needed:]
+            seq.n_reserved = len(seq.pages) * self.config.page_size
         return n_right + 1
 
     # The parts of a step
@@ -357,7 +361,10 @@ class Scheduler:
                 self._close_table(seq, seq.n_computed + n_steps)
 
     def _drafts(self, shard: _Shard, decode: list[Sequence]) -> list[list[int]]:
-        """The drafts of decoding sequences as far as rows and pages are left when everything else has its own."""
+        """The drafts of decoding sequences as far as rows and pages are left when everything else has its own.
+
+        A page for each running sequence stays free: it may need it before the drafts are read.
+        """
         drafts: list[list[int]] = []
         room = shard.tokens_left
         if self.config.block > 1:
@@ -370,7 +377,7 @@ class Scheduler:
             n = min(len(seq.draft), room // n_waiting, seq.limit - len(seq.tokens) - 1)
             n_waiting -= 1
             while seq.n_reserved < seq.n_computed + 1 + n:
-                page = shard.pool.allocate() if shard.pool.n_free else None
+                page = shard.pool.allocate() if shard.pool.n_free > len(shard.running) else None
                 if page is None:
                     n = seq.n_reserved - seq.n_computed - 1
                 else:

@@ -205,6 +205,12 @@ def guess(sequences, device, rng):
             seq.draft[wrong] = (seq.draft[wrong] + 1) % VOCAB
 
 
+def pages_of_guesses(config, shard):
+    """Pages that a shard's sequences hold beyond those of known tokens and one more."""
+    of_each = (len(s.pages) - len(s.tokens) // config.page_size - 1 for s in shard.decoding if s.speculates)
+    return sum(max(0, n) for n in of_each)
+
+
 def run(config, events, delay=0, seed=SEED, max_plans=10_000, before_plan=lambda scheduler: None):
     """Runs a workload to its end.
 
@@ -223,8 +229,11 @@ def run(config, events, delay=0, seed=SEED, max_plans=10_000, before_plan=lambda
         scheduler.check()
         guess(scheduler.speculating(), device, rng)
         before_plan(scheduler)
+        running = [(list(shard.running), pages_of_guesses(config, shard)) for shard in scheduler._shards]
         plan = scheduler.schedule()
         scheduler.check()
+        for sequences, n_guessed in running if delay < 2 else ():
+            assert n_guessed == 0 or all(s.slot >= 0 for s in sequences), "a guess took the page that was lacking"
         if plan is not None:
             check_plan(config, plan)
             in_flight.append((plan, *device.run(plan)))
@@ -704,20 +713,46 @@ def test_drafts_take_only_free_pages():
     assert (plan.rows, plan.drafts, scheduler.stats().preemptions) == ([first, second], [[[], []]], 0)
 
 
+def test_pages_of_wrong_drafts_are_given_back():
+    scheduler, seq = scheduler_of(pages_per_shard=9, slots_per_shard=8), speculating("a", [1, 2, 3])
+    scheduler.add(seq)
+    one_token_each(scheduler, scheduler.schedule(), 7)
+    seq.draft = [1] * 6
+    plan = scheduler.schedule()
+    assert (len(plan.drafts[0][0]), seq.pages) == (6, [0, 1, 2])
+    scheduler.update(plan, np.full((7, 1), 7), [1])
+    assert (seq.tokens, seq.pages) == ([1, 2, 3, 7, 7, 7], [0, 1])
+    assert scheduler.stats().pages_used == 2
+    seq.draft = [1] * 6
+    plan = scheduler.schedule()
+    assert (plan.decode_starts, len(plan.drafts[0][0])) == ([[5]], 4), "five tokens are left"
+    assert [update[:3] for update in plan.table_updates] == [(0, 0, 2)]
+
+
+def test_drafts_leave_a_page_for_everyone():
+    scheduler = scheduler_of(pages_per_shard=4, max_model_len=8)
+    first, second = speculating("a", [1, 2, 3]), sequence("b", [4, 5, 6], arrival=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    one_token_each(scheduler, scheduler.schedule(), 7)
+    first.draft = [1, 1]
+    assert scheduler.schedule().drafts == [[[], []]], "two pages are free, two sequences may need them"
+
+
 def test_a_sequence_that_is_preempted_keeps_what_its_drafts_bring():
-    scheduler = scheduler_of(pages_per_shard=3, max_model_len=12, slots_per_shard=5, prefix_caching=False)
-    low, high = speculating("low", [1, 2, 3], arrival=2), sequence("high", [4, 5, 6], arrival=1)
+    scheduler = scheduler_of(pages_per_shard=2, max_model_len=8, prefix_caching=False)
+    low, high = speculating("low", [1], arrival=2), sequence("high", [4, 5, 6], arrival=1)
     scheduler.add(low)
     scheduler.add(high)
     one_token_each(scheduler, scheduler.schedule(), 7)
     low.draft = [7, 7, 7]
     plan = scheduler.schedule()
-    assert (plan.rows, plan.drafts) == ([high, low], [[[], [7, 7, 7]]])
+    assert (plan.rows, plan.drafts) == ([high, low], [[[], [7, 7]]])
     assert scheduler.schedule().rows == [high]
-    assert (low.slot, low.n_pending) == (-1, 4), "its pages are the other's"
-    assert scheduler.update(plan, np.full((4, 2), 7), [0, 2]) == [(high, [7]), (low, [7, 7, 7])]
+    assert (low.slot, low.n_pending) == (-1, 3), "its page is the other's"
+    assert scheduler.update(plan, np.full((3, 2), 7), [0, 1]) == [(high, [7]), (low, [7, 7])]
     scheduler.abort("high")
-    assert scheduler.schedule().chunks == [[Chunk(low, 0, [1, 2, 3, 7, 7, 7, 7], True)]]
+    assert scheduler.schedule().chunks == [[Chunk(low, 0, [1, 7, 7, 7], True)]]
 
 
 def test_a_scored_prompt_has_a_row_for_each_token():

@@ -111,7 +111,8 @@ def test_every_mesh_keeps_the_same_tokens():
     cases = [(row, SamplingParams(**s)) for row in adversarial(vocab, rng).values() for s in SETTINGS]
     cases += cases[: -len(cases) % 8]
     logits, params = np.array([c[0] for c in cases], np.float32), [c[1] for c in cases]
-    first, *others = (kept_tokens(logits, params, mesh_shape) for mesh_shape in MESHES)
+    all_meshes = [(d, m) for d in (1, 2, 4, 8) for m in (1, 2, 4, 8) if d * m <= 8]
+    first, *others = (kept_tokens(logits, params, mesh_shape) for mesh_shape in all_meshes)
     for other in others:
         np.testing.assert_array_equal(first, other)
 
