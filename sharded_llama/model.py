@@ -211,15 +211,16 @@ def _forward_step(
     rotary = rope_angles(config, positions_T)
     with jax.named_scope("embedding"):
         h_TD = embed(weights.tok_embeddings, rows.tokens_T)
-    new_pages, metrics = [], []
+    new_pages, metrics, seen = [], [], {}
+
+    def see(name: str, x: jax.Array) -> jax.Array:
+        return seen.setdefault(name, x)
+
     last_R = last_tokens(rows, n_single)
     for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
         args = (layer_weights, h_TD, rotary, layer_pages, places)
         if with_metrics and i == len(pages) - 1:
-            seen: dict[str, jax.Array] = {}
-            h_TD, layer_pages = transformer_layer(
-                *args, config=config, backend=backend, n_single=n_single, probe=lambda name, x: seen.setdefault(name, x)
-            )
+            h_TD, layer_pages = transformer_layer(*args, config=config, backend=backend, n_single=n_single, probe=see)
             live_R = jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0)
             metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, rows.tables_RW, live_R)]
         else:

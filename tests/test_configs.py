@@ -66,7 +66,7 @@ def test_settings(name):
     assert set(config.model) == {field.name for field in dataclasses.fields(LlamaConfig)}
     assert config.mesh.to_dict() == {"data": None, "model": None}
     assert config.checkpoint == ("demo" if name == "demo" else None)
-    sampling = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed"))
+    sampling = dict.fromkeys(("sampler", "temperature", "top_k", "top_p", "min_p", "seed"))
     prompts = {"prompts": ("First Citizen:\n",)} if name == "demo" else {}
     assert config.generate.to_dict() == {"max_new_tokens": 128} | sampling | prompts
 

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from ..errors import EngineError
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
-from .engine import Engine, EngineStats, TokenDelta
+from .deltas import TokenDelta
+from .engine import Engine, EngineStats
 from .outputs import Answers, RequestOutput, StreamEvent
 
 

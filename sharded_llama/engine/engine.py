@@ -23,50 +23,31 @@ from ..constraints import Grammar, GrammarCompiler, row_mask
 from ..errors import ConstraintError, EngineError, RequestError
 from ..kv_cache import PAGE_SIZE
 from ..sampling import Sampled, SamplingParams
-from ..sampling.entropy import TokenMetrics, token_metrics
 from ..sharding import DATA, MODEL
 from ..tokenizer import Tokenizer
 from ..weights import XfmrWeights
 from .compilation import use_compilation_cache
+from .deltas import (
+    Flight,
+    TokenDelta,
+    TokenLogprob,
+    by_sequence,
+    count_right,
+    logprobs_of,
+    metrics_of,
+    speculation_of,
+    take_prompt_logprobs,
+)
 from .drafting import Drafter, LookupDrafter, ModelDrafter, may_speculate
 from .lockstep import Lockstep
 from .memory import plan_pages
 from .options import EngineOptions, check_options, modes_of, pages_per_sequence, sizes_of
 from .packing import Packed, Packer, ScoredRows, SequenceSampling
 from .runner import Runner, Work
-from .scheduler import Plan, Scheduler, SchedulerConfig, SchedulerStats
+from .scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from .sequence import Sequence
 
 MAX_REQUESTS = 1 << 20  # unfinished at a time: bounds the host's memory
-
-
-class TokenLogprob(NamedTuple):
-    """Log-probability of a token among the raw logits, its rank (1: the most likely), and the most likely tokens'."""
-
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), as many as were asked for
-
-
-class Speculation(NamedTuple):
-    """How good the guesses at an answer's tokens were."""
-
-    drafted: int  # guesses that were checked
-    accepted: int  # of these, right ones
-
-
-class TokenDelta(NamedTuple):
-    """What one step added to one answer."""
-
-    request_id: str
-    index: int  # which of the n answers
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None  # of these tokens, if the request asked for them
-    finish_reason: str | None  # set on the last: "stop", "length", "abort" or "error"
-    error: str | None = None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # on the first delta of answer 0, if asked for
-    metrics: tuple[TokenMetrics, ...] | None = None  # of these tokens, if the entropy sampler chose them
-    speculation: Speculation | None = None  # on the last delta, if the answer was speculated on
 
 
 @dataclasses.dataclass
@@ -84,15 +65,6 @@ class EngineStats(NamedTuple):
     scheduler: SchedulerStats
     seconds: StepSeconds
     n_compiled: int  # executables so far
-
-
-class _Flight(NamedTuple):
-    """Work that is queued on the device and not read yet."""
-
-    plan: Plan
-    columns: np.ndarray
-    scored: list[ScoredRows]
-    sampled: Sampled
 
 
 class Engine:
@@ -113,7 +85,9 @@ class Engine:
 
         Steps are compiled when they are first needed, or all of them before by `compile`. The tokenizer is for requests
         that say in text what an answer must have or must not. `draft` is a smaller model of the same vocabulary on the
-        same mesh, which guesses tokens ahead (options.num_speculative_tokens). Raises ConfigError for options that contradict the model, the mesh or its memory.
+        same mesh, which guesses tokens ahead (options.num_speculative_tokens).
+
+        Raises ConfigError for options that contradict the model, the mesh or its memory.
         """
         options = EngineOptions() if options is None else options
         check_options(options, config, None if draft is None else draft[0])
@@ -161,7 +135,7 @@ class Engine:
                 prefix_caching=options.enable_prefix_caching,
             )
         )
-        self._in_flight: collections.deque[_Flight] = collections.deque()
+        self._in_flight: collections.deque[Flight] = collections.deque()
         self._sequences: dict[str, list[Sequence]] = {}  # unfinished requests
         self._aborted: list[TokenDelta] = []
         self._arrivals = 0
@@ -291,6 +265,11 @@ class Engine:
         return request_id in self._sequences
 
     @property
+    def compile_s(self) -> float:
+        """Seconds that executables took to compile so far, one after the other."""
+        return sum(runner.compile_s for runner in (self.runner, self._draft_runner) if runner is not None)
+
+    @property
     def is_dead(self) -> bool:
         """Whether it was shut down or a step failed."""
         return self._dead is not None
@@ -307,7 +286,7 @@ class Engine:
         self._check_alive()
         deltas, self._aborted = self._aborted, []
         try:
-            deltas += self._step()
+            self._step(deltas)
         except Exception as error:  # whatever the device or the runtime raises
             deltas += self._die(error)
         except BaseException as error:  # Ctrl-C between planning and reading: what is computed is no longer known
@@ -315,8 +294,9 @@ class Engine:
             raise
         return deltas
 
-    def _step(self) -> list[TokenDelta]:
-        start = time.perf_counter()
+    def _step(self, new: list[TokenDelta]) -> None:
+        """Appends to `new` what is read, as it is read: it is not lost when what comes after fails."""
+        start, n_before = time.perf_counter(), len(new)
         if self._drafter is not None:
             self._drafter.propose(self._scheduler.speculating())
         plan = self._scheduler.schedule()
@@ -324,7 +304,6 @@ class Engine:
             self._drafter.complete(plan)
         packed = None if plan is None else self._packer.pack(plan)
         planned = time.perf_counter()
-        new: list[TokenDelta] = []
         waited = 0.0
         if packed is not None:
             for work in packed.works:
@@ -332,13 +311,16 @@ class Engine:
                     self._drafter.follow(work, packed.has_prompts)
                 sampled = self._execute(work)
             if packed.masked:
-                # What the rows may choose depends on tokens that are to be read, while the device computes their logits.
-                new, waited = self._read_all()
+                # What the rows may choose depends on tokens that are read while the device computes their logits.
+                reading = time.perf_counter()
+                while self._in_flight:
+                    new += self._read(self._in_flight.popleft())
+                waited = time.perf_counter() - reading
                 masks, ended = self._masks(packed)
                 new += ended
                 for work in self._packer.masks(masks):
                     sampled = self._execute(work)
-            self._in_flight.append(_Flight(plan, packed.columns, packed.scored, sampled))
+            self._in_flight.append(Flight(plan, packed.columns, packed.scored, sampled))
         dispatched = time.perf_counter()
         if self._in_flight and (packed is None or len(self._in_flight) > 1):
             new += self._read(self._in_flight.popleft())
@@ -347,8 +329,7 @@ class Engine:
         seconds.plan_s += planned - start
         seconds.dispatch_s += dispatched - planned - waited
         seconds.wait_s += time.perf_counter() - dispatched + waited
-        seconds.new_tokens += sum(len(d.token_ids) for d in new)
-        return new
+        seconds.new_tokens += sum(len(d.token_ids) for d in new[n_before:])
 
     def _execute(self, work: Work) -> Sampled | None:
         if self._lockstep:
@@ -357,13 +338,6 @@ class Engine:
 
     def _runner_of(self, work: Work) -> Runner:
         return self._draft_runner if work.for_draft else self.runner
-
-    def _read_all(self) -> tuple[list[TokenDelta], float]:
-        """Reads everything that is in flight. Returns its deltas and the seconds it took."""
-        start, new = time.perf_counter(), []
-        while self._in_flight:
-            new += self._read(self._in_flight.popleft())
-        return new, time.perf_counter() - start
 
     def _masks(self, packed: Packed) -> tuple[list[tuple[Sequence, np.ndarray]], list[TokenDelta]]:
         """The masks of unfinished rows; where a form is complete, or cannot be kept, the sequence ends."""
@@ -383,14 +357,14 @@ class Engine:
                 ended.append(TokenDelta(sequence.request_id, sequence.index, (), None, "stop"))
         return masks, ended
 
-    def _read(self, flight: _Flight) -> list[TokenDelta]:
+    def _read(self, flight: Flight) -> list[TokenDelta]:
         """Waits for a step's tokens and hands them to the scheduler, which says what they mean."""
         plan = flight.plan
         sampled = Sampled(*(None if x is None else np.asarray(x) for x in flight.sampled))
         for rows in flight.scored:
             self._store_scored(rows, sampled)
-        sampled = _by_sequence(sampled, flight)
-        n_right = _count_right(plan, sampled.tokens_R) if any(map(any, plan.drafts)) else None
+        sampled = by_sequence(sampled, flight)
+        n_right = count_right(plan, sampled.tokens_R) if any(map(any, plan.drafts)) else None
         is_bad = np.isnan(sampled.logprobs_R)
         any_bad = is_bad.any()
         row_of = {id(s): row for row, s in enumerate(plan.rows)}
@@ -401,7 +375,7 @@ class Engine:
             if any_bad and is_bad[: len(new), row].any():
                 new = new[: int(is_bad[:, row].argmax())]
                 error = "the model's logits for the next token are not numbers"
-            logprobs = None if wanted is None else _logprobs(sampled, row, len(new), wanted)
+            logprobs = None if wanted is None else logprobs_of(sampled, row, len(new), wanted)
             if error:
                 deltas.append(self._fail(sequence, tuple(new), logprobs, error))
                 continue
@@ -412,9 +386,9 @@ class Engine:
                     tuple(new),
                     logprobs,
                     sequence.finish_reason,
-                    prompt_logprobs=_taken(sequence),
-                    metrics=_metrics(sampled, row, len(new)) if sequence.params.params.entropy else None,
-                    speculation=_speculation(sequence) if sequence.finish_reason else None,
+                    prompt_logprobs=take_prompt_logprobs(sequence),
+                    metrics=metrics_of(sampled, row, len(new)) if sequence.params.params.entropy else None,
+                    speculation=speculation_of(sequence) if sequence.finish_reason else None,
                 )
             )
             if sequence.finish_reason:
@@ -427,13 +401,14 @@ class Engine:
         """Ends one sequence with an error; the others go on."""
         self._scheduler.end(sequence.request_id, sequence.index, "error")
         self._forget(sequence)
-        return TokenDelta(sequence.request_id, sequence.index, tokens, logprobs, "error", error)
+        scored = take_prompt_logprobs(sequence)
+        return TokenDelta(sequence.request_id, sequence.index, tokens, logprobs, "error", error, scored)
 
     def _store_scored(self, rows: ScoredRows, sampled: Sampled) -> None:
         sampling: SequenceSampling = rows.seq.params
         scored = Sampled(*(None if x is None else x[None] for x in sampled))
         for position, column in enumerate(rows.columns.tolist(), rows.start + 1):
-            (found,) = _logprobs(scored, column, 1, sampling.params.prompt_logprobs)
+            (found,) = logprobs_of(scored, column, 1, sampling.params.prompt_logprobs)
             sampling.prompt_logprobs[position] = found
 
     def _forget(self, sequence: Sequence) -> None:
@@ -480,54 +455,3 @@ class Engine:
         self._sequences.clear()
         self._in_flight.clear()
         return [TokenDelta(s.request_id, s.index, (), None, "error", self._dead) for s in unfinished]
-
-
-def _by_sequence(sampled: Sampled, flight: _Flight) -> Sampled:
-    """What was sampled as arrays (tokens, sequences of the plan, ..): of several steps, or of rows beside one another."""
-    n_most = max([flight.plan.n_steps, *flight.plan.n_tokens])
-    if flight.plan.n_steps > 1:
-        return Sampled(*(None if x is None else x[:, flight.columns] for x in sampled))
-    at = np.minimum(flight.columns + np.arange(n_most)[:, None], len(sampled.tokens_R) - 1)
-    return Sampled(*(None if x is None else x[at] for x in sampled))
-
-
-def _count_right(plan: Plan, tokens: np.ndarray) -> list[int]:
-    """Of each sequence's drafts, how many are what was sampled in their places, up to the first that is not.
-
-    Each token is drawn from the model's distribution after the drafts before it, with the noise that it would have without
-    speculation; as long as the drafts are what was drawn, so are the tokens: they are those of plain decoding.
-    """
-    n_right, drafts_of = [0] * len(plan.rows), {}
-    for decode, drafts in zip(plan.decode, plan.drafts, strict=True):
-        drafts_of |= {id(seq): guesses for seq, guesses in zip(decode, drafts, strict=True) if guesses}
-    for row, seq in enumerate(plan.rows):
-        for i, guess in enumerate(drafts_of.get(id(seq), ())):
-            if tokens[i, row] != guess:
-                break
-            n_right[row] += 1
-    return n_right
-
-
-def _speculation(sequence: Sequence) -> Speculation | None:
-    return Speculation(sequence.n_drafted, sequence.n_accepted) if sequence.speculates else None
-
-
-def _metrics(sampled: Sampled, column: int, n_tokens: int) -> tuple[TokenMetrics, ...]:
-    return tuple(token_metrics(sampled.metrics_RE[i, column]) for i in range(n_tokens))
-
-
-def _taken(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's log-probabilities, once."""
-    found, sequence.params.prompt_logprobs = sequence.params.prompt_logprobs, None
-    return None if found is None else tuple(found)
-
-
-def _logprobs(sampled: Sampled, row: int, n_tokens: int, wanted: int) -> tuple[TokenLogprob, ...]:
-    result = []
-    for i in range(n_tokens):
-        top: tuple[tuple[int, float], ...] = ()
-        if wanted:
-            ids, values = sampled.top_tokens_RJ[i, row, :wanted], sampled.top_logprobs_RJ[i, row, :wanted]
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        result.append(TokenLogprob(float(sampled.logprobs_R[i, row]), int(sampled.ranks_R[i, row]), top))
-    return tuple(result)

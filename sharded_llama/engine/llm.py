@@ -25,7 +25,8 @@ from ..sampling import SamplingParams
 from ..sharding import DATA, put
 from ..tokenizer.chat import ChatTemplate, SpecialTokens, encode_chat, special_tokens
 from ..weights import init_weights
-from .engine import Engine, TokenDelta
+from .deltas import TokenDelta
+from .engine import Engine
 from .loading import LoadedModel, check_dtype, encode_text, open_draft, open_model
 from .options import EngineOptions, check_options
 from .outputs import Answers, Prompt, RequestOutput, StreamEvent, from_plain, to_plain
@@ -334,7 +335,7 @@ class LLM:
             broadcast_from_main(lambda: None)  # raises what ended the run in process 0
             return
         failure: ShardedLlamaError | None = None
-        start, compiled = time.perf_counter(), engine.runner.compile_s
+        start, compiled = time.perf_counter(), engine.compile_s
         first = self._n_requests
         self._n_requests += len(requests)
         numbers = {str(first + i): i for i in range(len(requests))}
@@ -347,7 +348,7 @@ class LLM:
             while unfinished:
                 if not mailbox:
                     self._step()
-                timings.compile_s = engine.runner.compile_s - compiled
+                timings.compile_s = engine.compile_s - compiled
                 timings.total_s = time.perf_counter() - start - timings.compile_s
                 while mailbox:
                     delta = mailbox.popleft()

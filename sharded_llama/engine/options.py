@@ -51,7 +51,8 @@ class EngineOptions:
             self._check_count(name)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ConfigError(
-                f"prompt_lookup_min={self.prompt_lookup_min} must be at most prompt_lookup_max={self.prompt_lookup_max}."
+                f"prompt_lookup_min={self.prompt_lookup_min} must be at most "
+                f"prompt_lookup_max={self.prompt_lookup_max}."
             )
         if self.num_speculative_tokens and self.entropy_sampler:
             raise ConfigError("entropy_sampler does not go with num_speculative_tokens: leave one of them out.")
@@ -159,7 +160,8 @@ def check_options(options: EngineOptions, config: LlamaConfig, draft: LlamaConfi
             )
         if draft.max_seq_len < (options.max_model_len or config.max_seq_len):
             raise ConfigError(
-                f"the draft model was made for {draft.max_seq_len} tokens: give max_model_len={draft.max_seq_len} or less."
+                f"the draft model was made for {draft.max_seq_len} tokens: give max_model_len={draft.max_seq_len} or "
+                "less."
             )
     cache_dtype(config, options.kv_cache_dtype)
     if options.max_model_len is not None and options.max_model_len > config.max_seq_len:

@@ -9,7 +9,7 @@ from ..errors import RequestError
 from ..sampling import SamplingParams
 from ..sampling.entropy import TokenMetrics
 from ..tokenizer import StreamDecoder, Tokenizer
-from .engine import Speculation, TokenDelta, TokenLogprob
+from .deltas import Speculation, TokenDelta, TokenLogprob
 from .stop_strings import StopMatcher, StopStrings
 
 Prompt = str | Sequence[int]

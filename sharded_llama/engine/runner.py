@@ -44,8 +44,8 @@ LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUST
 class Work(NamedTuple):
     """What the device is to do next, as host arrays: the same in every process.
 
-    Global arrays, the data shards' parts one after the other. Changes come first, then rows. Without rows there are only
-    changes, and `chooses` ends a step whose rows came with chooses=False: what they allow was not known yet.
+    Global arrays, the data shards' parts one after the other. Changes come first, then rows. Without rows there are
+    only changes, and `chooses` ends a step whose rows came with chooses=False: what they allow was not known yet.
     """
 
     shape: StepShape | None = None
@@ -91,7 +91,10 @@ class Runner:
         self._forwarded: tuple | None = None  # logits that wait to be chosen from
 
     def compile_all(self, progress: bool = True, drafts: int = 0) -> None:
-        """Compiles every step that can be asked for, several at a time; `drafts` steps at once where it only guesses."""
+        """Compiles every step that can be asked for, several at a time.
+
+        drafts: of a model that only guesses: how many tokens at once.
+        """
         start = time.perf_counter()
         jobs = self._drafting_jobs(drafts) if drafts else self._all_jobs()
         bar = tqdm(total=len(jobs), desc="compiling", unit="step", disable=None if progress else True)

@@ -164,7 +164,7 @@ def choose(
     mesh: Mesh,
     mode: Mode,
 ) -> tuple[Sampled, jax.Array, SlotSampling | None]:
-    """The next token of every row with its logarithmic probability, and the slots' newest tokens and counts with them."""
+    """The next token of every row with its logarithmic probability, and the slots' tokens and counts with them."""
     length_R = rows_RX[:, Column.LENGTH]
     positions_R = rows_RX[:, Column.START] + length_R
     sampled = sample(

@@ -1,16 +1,16 @@
 """min_p, top_k and top_p without sorting the vocabulary.
 
-Tokens are in order of likelihood, those with equal logits in order of their id. Each filter keeps the first so many of them,
-so all that is to be found is the last token that is kept. It is found
+Tokens are in order of likelihood, those with equal logits in order of their id. Each filter keeps the first so many of
+them, so all that is to be found is the last token that is kept. It is found
 
 - among the K most likely tokens, where top_k <= K, or where these already have the mass that top_p asks for. The K most
-  likely tokens lie in the K blocks of the vocabulary with the largest maxima, because each of these has one token before
-  any token of the other blocks;
+  likely tokens lie in the K blocks of the vocabulary with the largest maxima, because each of these has one token
+  before any token of the other blocks;
 - else by a search over all tokens: for the value of the last token, four intervals at a time, then for its id among
   equal values.
 
-A token's mass is a whole number, `MASS` for the most likely one, so that sums are exact in any order: the same tokens are
-kept on every mesh. Less than half of 2**-24 of the most likely token's probability counts as nothing for top_p.
+A token's mass is a whole number, `MASS` for the most likely one, so that sums are exact in any order: the same tokens
+are kept on every mesh. Less than half of 2**-24 of the most likely token's probability counts as nothing for top_p.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Candidates(NamedTuple):
 
 
 def top_tokens(logits_RV: jax.Array, k: int) -> Candidates:
-    """The `k` largest of rows that are split over `model`, the lowest id first among equals; fewer if there are fewer."""
+    """The `k` largest of rows that are split over `model`, the lowest id first among equals; all if there are fewer."""
     n_rows, n_local = logits_RV.shape
     n_blocks = -(-n_local // BLOCK)
     logits_RV = jnp.where(logits_RV == 0, 0.0, logits_RV)  # top_k has -0 behind 0
@@ -101,9 +101,8 @@ def last_kept(logits_RV: jax.Array, peak_R: jax.Array, candidates: Candidates, f
     everything_R = (k_R == vocab) & (filters.top_p_R >= 1)
     is_found_R = (k_R <= n_candidates) | (k_R == vocab) & jnp.any(enough_RK, axis=1) | everything_R
     if n_candidates == vocab:
-        searched = found
-    else:
-        searched = _search(logits_RV, peak_R, filters, k_R, vocab, ~is_found_R)
+        return Cut(jnp.where(everything_R, -jnp.inf, found.value_R), jnp.where(everything_R, vocab, found.id_R))
+    searched = _search(logits_RV, peak_R, filters, k_R, vocab, ~is_found_R)
     found = Cut(*(jnp.where(is_found_R, f, s) for f, s in zip(found, searched, strict=True)))
     return Cut(jnp.where(everything_R, -jnp.inf, found.value_R), jnp.where(everything_R, vocab, found.id_R))
 
@@ -170,8 +169,8 @@ def _search(
 ) -> Cut:
     """`last_kept` by looking at all tokens, where any row of the mesh wants it.
 
-    Three stages, each a search for the smallest key up to which weights reach a target: the key of the k-th token, that of
-    the last one of the mass, and the id of the last one among tokens with that key. A loop rather than a
+    Three stages, each a search for the smallest key up to which weights reach a target: the key of the k-th token, that
+    of the last one of the mass, and the id of the last one among tokens with that key. A loop rather than a
     conditional: an accelerator runs it without asking the host.
     """
     n_local = logits_RV.shape[1]

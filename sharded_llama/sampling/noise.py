@@ -1,7 +1,7 @@
 """The randomness of sampling: a function of seed, position and token id, and of nothing else.
 
-The token with the largest sum of logit and Gumbel noise is a draw from the softmax of the logits. Because a token's noise
-does not depend on which other tokens are there, the draw among some of them is the largest sum among those.
+The token with the largest sum of logit and Gumbel noise is a draw from the softmax of the logits. Because a token's
+noise does not depend on which other tokens are there, the draw among some of them is the largest sum among those.
 """
 
 import jax

@@ -7,6 +7,7 @@ from ..sharding import MODEL
 from .rows import RowParams
 from .slots import GENERATED, SlotSampling
 
+
 def process_logits(logits_RV: jax.Array, slots: SlotSampling, slot_R: jax.Array, rows: RowParams) -> jax.Array:
     """Logits (R, V) as they are chosen from: bias, then repetition, frequency and presence penalty, then the mask.
 

@@ -79,7 +79,7 @@ def sample(
     Args:
       logits_RV: padded logits, split over the mesh, -inf in the padding.
       normalizer_R: from `log_normalizer`.
-      attention_R4, last_R: in ENTROPY mode the metrics of the last layer's attention and the token that each row ends with.
+      attention_R4, last_R: in ENTROPY mode the metrics of the last layer's attention, and each row's last token.
       rows: sampling parameters.
       slots, slot_R: what is kept of the slots, and each row's.
       positions_R: position that the new token takes in its sequence. The noise is a function of seed, position
@@ -144,9 +144,7 @@ class Drawn(NamedTuple):
     filters: Filters
 
 
-def draw(
-    logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int
-) -> tuple[jax.Array, Drawn]:
+def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int) -> tuple[jax.Array, Drawn]:
     """Draws (R,) from one device's part of processed logits, with the filters of each row; temperature 0 is greedy."""
     is_greedy_R = rows.temperature_R <= 0
     filters = Filters(

@@ -1,7 +1,7 @@
 """What sampling keeps on the device of every slot that a sequence can run in.
 
-It is set when a sequence gets the slot and asks for any of it, and holds nothing of use to others: rows of plain requests
-have parameters that make counts without effect, and the masks and biases are made neutral for them.
+It is set when a sequence gets the slot and asks for any of it. For others masks and biases are made neutral, and the
+counts are without effect, because their rows have no penalties.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def pack_slot(
     bias: Mapping[int, float] | None = None,
     entropy_E: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One slot's settings as int32 (X,), bit for bit: mask, ids with a bias, biases, settings of the entropy sampler."""
+    """One slot's settings as int32 (X,), bit for bit: mask, ids with a bias, biases, the entropy sampler's settings."""
     mask_W = np.full(n_words(vocab_size), 0xFFFFFFFF, np.uint32) if allowed_W is None else allowed_W
     ids_B, bias_B = np.full(MAX_BIAS, -1, np.int32), np.zeros(MAX_BIAS, np.float32)
     if bias:

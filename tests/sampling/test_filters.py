@@ -36,19 +36,22 @@ def keep(mesh_shape, vocab):
 
 def kept_tokens(logits, params, mesh_shape=(1, 1)):
     """Booleans (R, V) for rows of logits with parameters of their own."""
-    n_rows, vocab = logits.shape
+    vocab = logits.shape[1]
     wide = np.pad(logits, ((0, 0), (0, padded(vocab, mesh_shape[1]) - vocab)), constant_values=-np.inf)
     columns = [np.array([getattr(p, name) for p in params]) for name in ("temperature", "top_k", "top_p", "min_p")]
     types = (np.float32, np.int32, np.float32, np.float32)
-    found = keep(mesh_shape, vocab)(wide.astype(np.float32), *(c.astype(t) for c, t in zip(columns, types, strict=True)))
+    found = keep(mesh_shape, vocab)(
+        wide.astype(np.float32), *(c.astype(t) for c, t in zip(columns, types, strict=True))
+    )
     return np.asarray(found)[:, :vocab]
 
 
 def check(logits, params, found):
     """Exactly the specification's tokens, but for those at the very edge of top_p or min_p, where rounding decides."""
     for row, p, kept in zip(np.asarray(logits, np.float32), params, found, strict=True):
+        top_p = p.top_p + 3e-5 if p.top_p < 1 else 1
         few = dataclasses.replace(p, top_p=max(1e-9, p.top_p - 3e-5), min_p=min(1, p.min_p * (1 + 1e-5)))
-        many = dataclasses.replace(p, top_p=min(1, p.top_p + 3e-5) if p.top_p < 1 else 1, min_p=p.min_p * (1 - 1e-5))
+        many = dataclasses.replace(p, top_p=min(1, top_p), min_p=p.min_p * (1 - 1e-5))
         least, most = (spec.kept(row.astype(np.float64), q) for q in (few, many))
         assert not (least & ~kept).any(), (p, "a token is missing", np.flatnonzero(least & ~kept)[:5])
         assert not (kept & ~most).any(), (p, "a token is too many", np.flatnonzero(kept & ~most)[:5])
@@ -97,7 +100,9 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("vocab", "mesh_shape"), list(zip((1031, 997, 4099, 500, 130, 37), MESHES, strict=True)), ids=str)
+@pytest.mark.parametrize(
+    ("vocab", "mesh_shape"), list(zip((1031, 997, 4099, 500, 130, 37), MESHES, strict=True)), ids=str
+)
 def test_every_filter_on_adversarial_logits(vocab, mesh_shape):
     rows = adversarial(vocab, np.random.default_rng(vocab))
     cases = [(name, row, SamplingParams(**s)) for name, row in rows.items() for s in SETTINGS]

@@ -15,8 +15,8 @@ from sharded_llama.config import LlamaConfig
 from sharded_llama.engine.options import EngineOptions, sizes_of
 from sharded_llama.engine.runner import Runner
 from sharded_llama.kv_cache import PAGE_SIZE, page_bytes
-from sharded_llama.sampling import Mode
 from sharded_llama.mesh import make_mesh
+from sharded_llama.sampling import Mode
 from sharded_llama.sharding import DATA
 from sharded_llama.weights import abstract_weights
 
