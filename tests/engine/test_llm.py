@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import sharded_llama
 from sharded_llama.engine import llm as llm_module, loading
-from sharded_llama.engine.engine import Speculation, TokenDelta, TokenLogprob
+from sharded_llama.engine.deltas import Speculation, TokenDelta, TokenLogprob
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.loading import LoadedModel
 from sharded_llama.engine.outputs import Answers, RequestOutput, from_plain, to_plain

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from sharded_llama.engine.engine import TokenDelta, TokenLogprob
+from sharded_llama.engine.deltas import TokenDelta, TokenLogprob
 from sharded_llama.engine.loading import DEMO_CHECKPOINT
 from sharded_llama.engine.outputs import Answers, Logprob, RequestOutput, from_plain, to_plain
 from sharded_llama.engine.stop_strings import StopMatcher, StopStrings
