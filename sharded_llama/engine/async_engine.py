@@ -55,6 +55,7 @@ class AsyncEngine:
         RequestError when it cannot be served, EngineError when the engine is dead or dies. An answer that alone
         cannot go on ends with a delta that has the error; the others go on.
         """
+        await self._prepare(params)
         listener = _Listener(request_id)
         unfinished = params.n_sequences
         self._call(functools.partial(self._add, listener, prompt, params, priority))
@@ -91,6 +92,7 @@ class AsyncEngine:
     async def _events(
         self, request_id: str, prompt: Sequence[int], answers: Answers, priority: int
     ) -> AsyncIterator[StreamEvent]:
+        await self._prepare(answers.engine_params)
         listener = _Listener(request_id)
         self._call(functools.partial(self._add, listener, prompt, answers.engine_params, priority))
         try:
@@ -104,6 +106,11 @@ class AsyncEngine:
                 yield event
         finally:
             self._leave(listener)
+
+    async def _prepare(self, params: SamplingParams) -> None:
+        """Compiles a request's grammar in a thread of its own, while the engine steps on."""
+        if params.structured_outputs is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._engine.compile_grammar, params)
 
     async def stats(self) -> EngineStats:
         """The engine's statistics between two steps."""

@@ -109,7 +109,9 @@ class Engine:
         self.runner.start()
         n_shards = mesh.shape[DATA]
         self._tokenizer = tokenizer
-        self._grammars: GrammarCompiler | None = None  # made for the first request that needs it
+        self._grammars: GrammarCompiler | None = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(tokenizer, config.vocab_size, tuple(config.eos_ids))
         self._packer = Packer(self.sizes, n_shards, budget.n_pages, config.vocab_size)
         self._lockstep = Lockstep(self.sizes, n_shards) if jax.process_count() > 1 else None
         self._draft_runner: Runner | None = None
@@ -157,7 +159,7 @@ class Engine:
         if self._aborted:  # what is still to be said of an aborted request must not be taken for this one's
             self._aborted = [delta for delta in self._aborted if delta.request_id != request_id]
         self._check_params(params)
-        grammar = self._compile_grammar(params)
+        grammar = self.compile_grammar(params)
         # A grammar's end has to be said.
         ends = frozenset() if params.ignore_eos and grammar is None else frozenset(self.config.eos_ids)
         stop = ends | frozenset(params.stop_token_ids)
@@ -212,13 +214,15 @@ class Engine:
                 f"{self.config.vocab_size} tokens."
             )
 
-    def _compile_grammar(self, params: SamplingParams) -> Grammar | None:
+    def compile_grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of a request, kept for `add_request`. Other threads may call it, to spare the engine the time.
+
+        Raises RequestError for a form that cannot be enforced.
+        """
         if params.structured_outputs is None:
             return None
-        if self._tokenizer is None:
-            raise RequestError("structured_outputs needs a tokenizer, and the model was loaded without one.")
         if self._grammars is None:
-            self._grammars = GrammarCompiler(self._tokenizer, self.config.vocab_size, tuple(self.config.eos_ids))
+            raise RequestError("structured_outputs needs a tokenizer, and the model was loaded without one.")
         return self._grammars.compile(params.structured_outputs)
 
     def compile(self, progress: bool = True) -> None:

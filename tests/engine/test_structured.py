@@ -28,7 +28,7 @@ def test_answers_to_random_schemas_validate(llm):
         schema = random_schema(rng)
         form = StructuredOutputs(json=schema, disable_any_whitespace=True)
         try:
-            llm.engine._compile_grammar(SamplingParams(structured_outputs=form))
+            llm.engine.compile_grammar(SamplingParams(structured_outputs=form))
         except RequestError:  # a few ask for what cannot be
             continue
         params.append(SamplingParams(structured_outputs=form, seed=len(params), **HOT))
