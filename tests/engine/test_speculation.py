@@ -284,7 +284,7 @@ def test_which_requests_are_speculated_on():
         said |= {delta.request_id: delta.speculation for delta in engine.step() if delta.finish_reason}
     assert {name for name, speculation in said.items() if speculation is None} == NOT_SPECULATED
     guessed = {name: of for name, of in said.items() if of is not None and of.drafted}
-    assert len(guessed) > 20
+    assert len(guessed) > 15
     wrong = {name for name, of in guessed.items() if of.accepted < of.drafted}
     assert wrong == {"r21"}, "the guesses do not know of its bias; all others are the model's own"
 
