@@ -21,9 +21,10 @@ from ..tokenizer import Tokenizer
 from . import bits
 from .patterns import check_portable
 from .schema import schema_definition
+from .trial import GrammarTrial
 from .vocabulary import Vocabulary, llguidance, make_vocabulary
 
-MAX_CACHED = 64  # compiled grammars
+MAX_CACHED = 16  # compiled grammars
 
 # The library's own units; the defaults that are not named stay.
 LIMITS = {
@@ -54,12 +55,13 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._cache: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._trial = GrammarTrial(LIMITS)
 
     def compile(self, structured: StructuredOutputs) -> "Grammar":
         """The grammar of a form, from the cache if it is there.
 
         Raises RequestError when a part of it is not supported (it is never ignored), when it permits no answer,
-        when it is beyond the limits, and where llguidance is not installed.
+        when it is beyond the limits of time and memory, and where llguidance is not installed.
         """
         with self._lock:
             if structured in self._cache:
@@ -67,7 +69,14 @@ class GrammarCompiler:
                 return self._cache[structured]
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(*self._arguments)
-        grammar = Grammar(_definition(structured), self._vocabulary, structured.form)
+        definition = _definition(structured)
+        self._trial.run(definition, structured.form)
+        try:
+            grammar = Grammar(definition, self._vocabulary, structured.form)
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library
+            raise RequestError(f"structured_outputs.{structured.form} cannot be used: {error}") from None
         with self._lock:
             self._cache[structured] = grammar
             while len(self._cache) > MAX_CACHED:

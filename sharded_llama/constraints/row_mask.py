@@ -67,10 +67,15 @@ class RowMask:
         tokens or more, and never completed."""
         self._usual_W, self._early_W, self._least = usual_W, early_W, least
         self._sequences = sequences
+        self._grammar = grammar
         self._matcher = grammar.start() if grammar is not None else None
         self._n_seen = 0  # generated tokens that the matcher has seen
         usual_W.setflags(write=False)
         early_W.setflags(write=False)
+
+    def another(self) -> "RowMask":
+        """The same for another answer to the same request."""
+        return RowMask(self._usual_W, self._early_W, self._least, self._sequences, self._grammar)
 
     @property
     def is_dynamic(self) -> bool:

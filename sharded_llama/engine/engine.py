@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ..attention import choose_backend, run_length
 from ..config import LlamaConfig
 from ..constraints import Grammar, GrammarCompiler, row_mask
-from ..errors import ConstraintError, EngineError, RequestError
+from ..errors import EngineError, RequestError
 from ..kv_cache import PAGE_SIZE
 from ..sampling import Sampled, SamplingParams
 from ..sharding import DATA, MODEL
@@ -167,15 +167,13 @@ class Engine:
         seed = self._seed + self._arrivals if params.seed is None else params.seed
         speculates = self._drafter is not None and may_speculate(params)
         leader, sequences = None, []
+        mask = row_mask(
+            params, vocab_size=self.config.vocab_size, stop_ids=banned, tokenizer=self._tokenizer, grammar=grammar
+        )
         for index in range(params.n_sequences):
-            mask = row_mask(
-                params,
-                vocab_size=self.config.vocab_size,
-                stop_ids=banned,
-                tokenizer=self._tokenizer,
-                grammar=grammar,
-            )
-            sampling = SequenceSampling(dataclasses.replace(params, seed=(int(seed) + index) % 2**64), mask)
+            if index and mask is not None:
+                mask = mask.another()
+            sampling = SequenceSampling(params, (int(seed) + index) % 2**64, mask)
             sequence = Sequence(
                 request_id=request_id,
                 index=index,
@@ -351,7 +349,9 @@ class Engine:
                 continue
             try:
                 mask = sequence.params.mask.mask(sequence.tokens[len(sequence.prompt) :])
-            except ConstraintError as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # also a panic of the library, which is no Exception
                 ended.append(self._fail(sequence, (), None, str(error)))
                 continue
             if mask.any():
@@ -421,7 +421,8 @@ class Engine:
             del self._sequences[sequence.request_id]
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._scheduler.stats(), dataclasses.replace(self.seconds), self.runner.n_compiled)
+        n_compiled = sum(runner.n_compiled for runner in (self.runner, self._draft_runner) if runner is not None)
+        return EngineStats(self._scheduler.stats(), dataclasses.replace(self.seconds), n_compiled)
 
     def follow(self) -> None:
         """In every process but 0: executes what process 0 sends until it calls `release`."""

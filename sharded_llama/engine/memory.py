@@ -1,6 +1,7 @@
 """How many pages the memory has room for: computed from what the device, the weights and the compiled steps say."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,7 +53,8 @@ def plan_pages(
         stats = device.memory_stats()
         on_accelerator = device.platform != "cpu" and stats and "bytes_limit" in stats
         if on_accelerator and options.kv_cache_bytes is None:
-            free, origin = _free_on_accelerator(config, mesh, backend, options, sizes, stats)
+            configs = [c for c in (config, draft) if c is not None]
+            free, origin = _free_on_accelerator(configs, mesh, backend, options, sizes, stats)
         else:
             total = options.kv_cache_bytes or CPU_BYTES
             default = "" if options.kv_cache_bytes else " (the default)"
@@ -61,9 +63,10 @@ def plan_pages(
         most = 2 * sizes.slots * pages_per_sequence(wanted_len)
         n_pages = min(free // of_page, most) if device.platform == "cpu" else free // of_page
         if backend == "gpu":
-            (layer,) = KVPages.abstract(config.replace(n_layers=1), mesh, 1, options.kv_cache_dtype)
-            page_shape = layer.kv_NPGK.sharding.shard_shape(layer.kv_NPGK.shape)[1:]
-            n_pages = addressable_pages(page_shape, layer.kv_NPGK.dtype, n_pages)
+            for of_model in (c for c in (config, draft) if c is not None):
+                (layer,) = KVPages.abstract(of_model.replace(n_layers=1), mesh, 1, options.kv_cache_dtype)
+                page_shape = layer.kv_NPGK.sharding.shard_shape(layer.kv_NPGK.shape)[1:]
+                n_pages = addressable_pages(page_shape, layer.kv_NPGK.dtype, n_pages)
     if jax.process_count() > 1:  # every process must plan the same
         n_pages = int(np.min(multihost_utils.process_allgather(np.int64(n_pages))))
     fits = n_pages * PAGE_SIZE
@@ -89,7 +92,7 @@ def plan_pages(
 
 
 def _free_on_accelerator(
-    config: LlamaConfig,
+    configs: Sequence[LlamaConfig],
     mesh: Mesh,
     backend: str,
     options: EngineOptions,
@@ -108,7 +111,7 @@ def _free_on_accelerator(
             *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLES[1]),
         )
     used = stats["bytes_in_use"]
-    temporaries = int(SPARE * _temporary_bytes(config, mesh, backend, options, sizes))
+    temporaries = int(SPARE * sum(_temporary_bytes(c, mesh, backend, options, sizes) for c in configs))
     free = min(allowed, limit) - used - temporaries
     origin = (
         f"of {min(allowed, limit) / 1e9:.1f} GB {used / 1e9:.1f} are in use and {temporaries / 1e9:.2f} kept for "

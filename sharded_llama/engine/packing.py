@@ -23,7 +23,8 @@ from .steps import FROM_SLOT, Column, StepShape, pack_params
 class SequenceSampling:
     """What the engine knows of a sequence beside the scheduler, as its `Sequence.params`."""
 
-    params: SamplingParams  # with a seed
+    params: SamplingParams
+    seed: int
     mask: RowMask | None = None
     prompt_logprobs: list[Any] | None = None  # by position, as they come
     lookup: PromptLookup | None = None
@@ -127,7 +128,7 @@ class Packer:
                 continue
             sampling: SequenceSampling = seq.params
             params, at = sampling.params, (seq.shard, seq.slot)
-            self._params[at] = pack_params(pack_rows([params]))[0]
+            self._params[at] = pack_params(pack_rows([params], [sampling.seed]))[0]
             self._mode[at] = mode_of(params)
             is_set = bool(sampling.mask or params.logit_bias or params.entropy)
             if is_set or self._is_set[at]:
@@ -140,7 +141,8 @@ class Packer:
                 slots.append(self._slot_change(seq, mask))
             self._is_set[at] = is_set
             if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
-                known += [(seq.shard, c) for c in pack_known(seq.slot, seq.prompt, seq.tokens[len(seq.prompt) :])]
+                prompt = seq.prompt if params.repetition_penalty != 1 else ()  # the others do not look at it
+                known += [(seq.shard, c) for c in pack_known(seq.slot, prompt, seq.tokens[len(seq.prompt) :])]
         return slots, known
 
     def _switched(self, plan: Plan) -> list[tuple]:

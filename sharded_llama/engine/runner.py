@@ -147,7 +147,8 @@ class Runner:
                 run = self._forward(work.shape, work.mode == Mode.ENTROPY)
                 chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
                 forwarded, pages = run(self.weights, pages, tables, tokens, rows, chunks)
-                self._forwarded = (work.shape.n_rows, work.mode, forwarded, rows)
+                # A model that guesses computes prompts for their keys and values alone.
+                self._forwarded = None if work.for_draft else (work.shape.n_rows, work.mode, forwarded, rows)
         if work.chooses and work.n_steps <= 1:
             (n_rows, mode, forwarded, rows), self._forwarded = self._forwarded, None
             given = None if mode == Mode.GREEDY else slots

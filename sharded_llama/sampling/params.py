@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,7 +67,7 @@ class SamplingParams:
         self._check("min_p", 0.0 <= self._number("min_p") <= 1.0, "a number from 0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             self._check(name, -2.0 <= self._number(name) <= 2.0, "a number from -2 to 2")
-        self._check("repetition_penalty", 0.0 < self._number("repetition_penalty") <= 100.0, "above 0 and at most 100")
+        self._check("repetition_penalty", 0.01 <= self._number("repetition_penalty") <= 100.0, "from 0.01 to 100")
         self._check("max_tokens", 1 <= self._integer("max_tokens") < 2**31, "a whole number of at least 1")
         self._check("min_tokens", 0 <= self._integer("min_tokens") < 2**31, "a whole number of at least 0")
         self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens={self.max_tokens}")
@@ -165,7 +164,10 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # a whole number may be beyond that
+    try:
+        return number and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _shortened(value: Any) -> str:

@@ -21,13 +21,13 @@ class RowParams(NamedTuple):
     seed_R2: Any  # uint32, high and low word
 
 
-def pack_rows(params: Sequence[SamplingParams]) -> RowParams:
-    """NumPy arrays of the rows' parameters. Every seed must have been chosen."""
+def pack_rows(params: Sequence[SamplingParams], seeds: Sequence[int] | None = None) -> RowParams:
+    """NumPy arrays of the rows' parameters. seeds: of the rows, in place of the parameters' own."""
 
     def floats(name: str) -> np.ndarray:
         return np.array([getattr(p, name) for p in params], np.float32)
 
-    seeds = [int(p.seed) % 2**64 for p in params]
+    seeds = [int(s) % 2**64 for s in (seeds or [p.seed for p in params])]
     return RowParams(
         temperature_R=floats("temperature"),
         top_k_R=np.array([max(0, p.top_k) for p in params], np.int32),

@@ -10,7 +10,7 @@ import pytest
 from random_walks import random_answer, tokens_of
 from tokenizers import Tokenizer as LibraryTokenizer, decoders, models, normalizers
 
-from sharded_llama.constraints import GrammarCompiler, bits, grammar as grammar_module
+from sharded_llama.constraints import GrammarCompiler, bits, grammar as grammar_module, trial
 from sharded_llama.errors import ConstraintError, RequestError
 from sharded_llama.sampling.structured import StructuredOutputs
 from sharded_llama.tokenizer import Tokenizer, load_tokenizer
@@ -402,3 +402,21 @@ def test_llama3():
     assert permitted[-2:] == [128001, 128009]
     assert all(tokenizer.decode([t]) for t in permitted[:-2])
     assert len(permitted) > 127_000
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"json": {"type": "string", "allOf": [{"pattern": f".*a{i}.{{20}}"} for i in range(24)]}},
+        {"grammar": "start: A\nA: " + " & ".join(f"/.*a{i}.*/" for i in range(40))},
+    ],
+    ids=["allOf", "lark"],
+)
+def test_what_takes_exponential_time_is_stopped(hostile: dict, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """And the next one is compiled."""
+    monkeypatch.setattr(trial, "SECONDS", 1.0)
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (EOS,))
+    with pytest.raises(RequestError, match="cannot be compiled in 1 s"):
+        compiler.compile(StructuredOutputs(**hostile))
+    monkeypatch.undo()
+    assert compiler.compile(StructuredOutputs(regex="[0-9]{3}")).first_W.any()

@@ -156,7 +156,7 @@ def test_the_works_of_real_plans(wire, options):
     for i in range(32):
         given = SamplingParams(seed=i, **asked[i % 8])
         mask = row_mask(given, vocab_size=VOCAB, stop_ids=frozenset([3]), tokenizer=None, grammar=None)
-        params = SequenceSampling(given, mask)
+        params = SequenceSampling(given, given.seed or 0, mask)
         prompt = rng.integers(0, 99, rng.integers(1, 60)).tolist()
         leader = Sequence(request_id=str(i), prompt=prompt, max_tokens=20, params=params)
         scheduler.add(leader)

@@ -22,7 +22,7 @@ BOUNDS = {
     "min_p": ([0, 1.0], [-0.01, 1.01, NAN, True, "0", None], "a number from 0 to 1"),
     "presence_penalty": ([-2, 2.0], [-2.01, 2.01, NAN, None], "a number from -2 to 2"),
     "frequency_penalty": ([-2, 2.0], [-2.01, 2.01, INF, None], "a number from -2 to 2"),
-    "repetition_penalty": ([0.01, 1, 100.0], [0, -1, 100.1, NAN, None], "above 0 and at most 100"),
+    "repetition_penalty": ([0.01, 1, 100.0], [0, 0.009, 1e-40, -1, 100.1, NAN, None], "from 0.01 to 100"),
     "max_tokens": ([1, 2**31 - 1], [0, -1, 2**31, 1.0, True, None], "a whole number of at least 1"),
     "min_tokens": ([0, 16], [-1, 2**31, 0.5, True, None], "a whole number of at least 0"),
     "logprobs": ([None, 0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1, 1.0, True], "None or a whole number from 0 to 20"),
