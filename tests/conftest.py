@@ -13,7 +13,7 @@ UNOPTIMISED = "jax_disable_most_optimizations"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets tests run longer than in the ordinary suite."""
-    parser.addoption("--fuzz", type=int, default=500, help="examples of each fuzz test (default: 500)")
+    parser.addoption("--fuzz", type=int, default=200, help="examples of each fuzz test (default: 200)")
     parser.addoption("--exhaustive", action="store_true", help="every model in every type on every mesh")
 
 

@@ -15,6 +15,8 @@ from sharded_llama.config import LlamaConfig
 from sharded_llama.engine.steps import Column, DeviceState, StepShape, choose, forward
 from sharded_llama.kv_cache import PAGE_SIZE, KVPages, page_bytes
 from sharded_llama.mesh import make_mesh, simulate_cpu_devices
+from sharded_llama.sampling import Mode
+from sharded_llama.sampling.slots import abstract_slots
 from sharded_llama.sharding import DATA, MODEL, kv_head_layout, named_sharding, padded
 from sharded_llama.weights import abstract_weights, count_parameters
 
@@ -39,13 +41,16 @@ def check(config, mesh, slots=8, n_pages=64):
     state = DeviceState(pages, array(slots, n_pages), array(slots))
     rows = array(shape.n_rows, Column.COUNT)
     run = functools.partial(forward, config=config, mesh=mesh, backend="blockwise")
-    logits, normalizer, after = jax.eval_shape(run, weights, state, rows, array(shape.n_blocks, shape.block))
+    forwarded, after = jax.eval_shape(run, weights, state, rows, array(shape.n_blocks, shape.block))
+    logits, normalizer = forwarded.logits_RV, forwarded.normalizer_R
     assert logits.shape == (data * shape.n_rows, padded(config.vocab_size, mesh.shape[MODEL]))
     assert (logits.dtype, normalizer.shape) == (jnp.float32, logits.shape[:1])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), pages)
-    for greedy in (True, False):
-        run = functools.partial(choose, config=config, mesh=mesh, greedy=greedy)
-        sampled, newest = jax.eval_shape(run, logits, normalizer, state.tokens_S, rows)
+    of_slots = abstract_slots(mesh, slots, config.vocab_size, logits.shape[1])
+    for mode in (Mode.GREEDY, Mode.LOGPROBS):
+        run = functools.partial(choose, config=config, mesh=mesh, mode=mode)
+        sampled, newest, kept = jax.eval_shape(run, forwarded, state.tokens_S, of_slots, rows)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(lambda x: (x.shape, x.dtype), of_slots)
         assert (sampled.tokens_R.shape, sampled.tokens_R.dtype) == (logits.shape[:1], jnp.int32)
         assert (newest.shape, newest.dtype) == (state.tokens_S.shape, jnp.int32)
     # A page of one layer on one device: P positions, a key and a value of each of the device's kv heads.

@@ -71,7 +71,7 @@ class DeviceState(NamedTuple):
     pages: tuple[KVPages, ...]
     tables_SW: jax.Array  # int32, pages of every slot, P('data'): (data * slots, W)
     tokens_S: jax.Array  # int32, newest token of every slot, P('data')
-    slots: SlotSampling | None  # what sampling keeps of every slot; greedy steps do without
+    slots: SlotSampling | None = None  # what sampling keeps of every slot; greedy steps do without
 
 
 class Forwarded(NamedTuple):

@@ -335,11 +335,11 @@ def test_an_error_of_one_answer_reaches_its_own_caller_alone(speaking, engine):
 
 
 def test_who_is_not_named_by_a_step_that_failed_hears_of_it(serving, engine, permits, monkeypatch):
-    """What a step had found before it failed is lost; nobody may wait for it."""
+    """Nobody may wait for what the engine has forgotten."""
 
     async def scenario():
         started = await first_delta(serving, permits, "started")
-        monkeypatch.setattr(engine, "_step", lambda: engine._sequences.clear() or fail())
+        monkeypatch.setattr(engine, "_step", lambda new: engine._sequences.clear() or fail())
         permits.release(PERMITS)
         with pytest.raises(EngineError, match="the engine is dead"):
             async for _ in started:

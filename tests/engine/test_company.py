@@ -1,6 +1,6 @@
 """An answer does not depend on the company in which it is made: who else runs, where, and in how many pieces.
 
-`--exhaustive`: 100 trials on each engine instead of 30.
+`--exhaustive`: 100 trials on each engine instead of 16.
 """
 
 import collections
@@ -129,7 +129,7 @@ def trials(engine, n_trials):
 
 @pytest.fixture
 def n_trials(request):
-    return 100 if request.config.getoption("exhaustive") else 30
+    return 100 if request.config.getoption("exhaustive") else 16
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)

@@ -293,8 +293,8 @@ def test_a_seed_gives_the_same_in_any_company(changed, seeded, kind):
         assert found == {**{key: of for key, of in expected.items() if key[0] in company}, **seeded}
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
-def test_a_seed_gives_the_same_on_every_mesh(seeded, mesh_shape):
+@pytest.mark.parametrize("mesh_shape", [(4, 2), (1, 8)], ids=str)  # tests/engine/test_llm.py has the others
+def test_a_seed_gives_the_same_on_other_meshes(seeded, mesh_shape):
     """In float32."""
     options = {**ONE_STEP, "max_num_seqs": 2 * mesh_shape[0], "max_num_batched_tokens": 16 * mesh_shape[0]}
     engine = LLM(model(mesh_shape), progress=False, **options).engine

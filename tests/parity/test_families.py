@@ -1,9 +1,8 @@
 """The engine against PyTorch, component by component: demo model and families, in every type, on every kind of mesh.
 
 The families are random models, reduced in depth, width and vocabulary; families that reduce to the same model share it.
-The demo model runs in every type on data:2,model:4 and on each other mesh in one type. Each family runs in every type
-on three of the four meshes, and every type meets every mesh; with --exhaustive all combinations run, which takes five
-minutes more.
+The demo model runs in every type, each on another mesh. Each family runs in every type on three of the four meshes, and
+every type meets every mesh; with --exhaustive all combinations run, which takes some six minutes more.
 """
 
 import functools
@@ -46,8 +45,7 @@ def all_cases() -> list[Case]:
 
 def chosen_cases() -> list[Case]:
     """Of the first and the last mesh each family has one: its type is the same on both."""
-    cases = [("demo", dtype, (2, 4)) for dtype in DTYPES]
-    cases += [("demo", dtype, mesh) for dtype, mesh in zip(DTYPES, [(1, 1), (1, 2), (1, 8)], strict=True)]
+    cases = [("demo", dtype, mesh) for dtype, mesh in zip(DTYPES, [(2, 4), (1, 2), (1, 8)], strict=True)]
     for i, name in enumerate(FAMILIES):
         left_out = 0 if 2 * i < len(FAMILIES) else 3
         cases += [(name, DTYPES[(i + j) % len(DTYPES)], mesh) for j, mesh in enumerate(MESHES) if j != left_out]
