@@ -1,6 +1,6 @@
 """The scheduler: each rule of its policy, and random workloads whose plans run on simulated pages.
 
-`--fuzz=N`: N random workloads instead of 500.
+`--fuzz=N`: N random workloads, if more than 500.
 """
 
 import collections
@@ -914,7 +914,7 @@ def described(plan):
 @pytest.fixture(scope="module")
 def fuzz_settings(request):
     return settings(
-        max_examples=request.config.getoption("--fuzz", 500),
+        max_examples=max(500, request.config.getoption("--fuzz")),
         deadline=None,
         derandomize=True,
         database=None,

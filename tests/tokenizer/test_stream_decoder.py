@@ -151,6 +151,8 @@ def test_any_text(folder, text, size):
     tokenizer = tokenizers(folder)
     ids = tokenizer.encode(text)
     pieces = stream(tokenizer, batched(ids, size))
+    if "llama2" in folder.name:  # sentencepiece writes spaces as U+2581, so that both come back as a space
+        text = text.replace("\u2581", " ")
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert text.count("\ufffd") == "".join(pieces).count("\ufffd")
 
