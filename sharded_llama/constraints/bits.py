@@ -4,10 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-
-def n_words(vocab_size: int) -> int:
-    """Words that hold a bit for each of this many tokens."""
-    return -(-vocab_size // 32)
+from ..sampling.slots import n_words
 
 
 def of_flags(flags_V: np.ndarray) -> np.ndarray:
