@@ -186,6 +186,8 @@ class Engine:
                 leader=leader,
                 one_by_one=speculates or (mask is not None and (mask.is_dynamic or mask.switch_at > 0)),
                 speculates=speculates,
+                # A draft model computes prompts, and the answers that it guesses at.
+                caches_answer=speculates or self._draft_runner is None,
                 scores_prompt=index == 0 and params.prompt_logprobs is not None,
             )
             if sequence.scores_prompt:

@@ -609,7 +609,8 @@ class Scheduler:
         """
         if not self.config.prefix_caching:
             return
-        full = min(len(seq.tokens), seq.n_computed) // self.config.page_size
+        known = len(seq.tokens if seq.caches_answer else seq.prompt)
+        full = min(known, seq.n_computed) // self.config.page_size
         if full > seq.n_registered:
             pool, digests = self._shards[seq.shard].pool, self._digests(seq, full)
             for index in range(seq.n_registered, full):

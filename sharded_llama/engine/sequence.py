@@ -22,12 +22,11 @@ class Sequence:
     params: Any = None  # of the engine; the scheduler does not look at it
     leader: "Sequence | None" = None  # a sequence of the same prompt, whose computed prompt this one shares
     one_by_one: bool = False  # its steps are not joined to several of one dispatch
-    speculates: bool = (
-        False  # its decode rows carry `draft`, and each waits until the tokens of the one before are read
-    )
-    scores_prompt: bool = (
-        False  # what follows each prompt token is looked at: every one is a row of its own, none cached
-    )
+    # Its decode rows carry `draft`, and each waits until the tokens of the one before are read.
+    speculates: bool = False
+    caches_answer: bool = True  # pages of generated tokens can be found by others, as those of prompts always can
+    # What follows each prompt token is looked at: every one is a row of its own, and none is taken from the cache.
+    scores_prompt: bool = False
 
     draft: list[int] = dataclasses.field(init=False, default_factory=list)  # guesses at the next tokens, the caller's
     n_drafted: int = dataclasses.field(init=False, default=0)  # guesses that were looked at
