@@ -389,6 +389,25 @@ def check_flags() -> None:
             raise ConfigError(f"{name}={','.join(sizes)}: expected whole numbers above 0, such as 64,256.")
 
 
+def random_model(**changes: Any) -> LLM:
+    """The model that the flags say, with random weights; `changes` are to its config."""
+    config = LlamaConfig.from_dict(common.CONFIG.value.model)
+    config = config.replace(dtype=common.DTYPE.value or config.dtype, **changes)
+    return LLM.random(config, common.choose_mesh(config), attention=common.ATTENTION.value, progress=False)
+
+
+def save(model: LLM, results: list[Row]) -> None:
+    """Writes the result and prints where."""
+    workload = {
+        "config": dataclasses.asdict(model.config),
+        "mesh": dict(model.mesh.shape),
+        "backend": model.backend,
+        "engine": engine_flags.engine_options(),
+        "prompt": PROMPT.value,
+    }
+    print(record.save(NAME.value, model.mesh, workload, results, OUT.value))
+
+
 def main() -> None:
     check_flags()
     results: list[Row] = []
@@ -396,11 +415,7 @@ def main() -> None:
     if "startup" in parts:
         for row in start_new_processes():
             report(results, row)
-    config = LlamaConfig.from_dict(common.CONFIG.value.model)
-    # Nothing ends an answer early.
-    config = config.replace(dtype=common.DTYPE.value or config.dtype, eos_ids=())
-    mesh = common.choose_mesh(config)
-    model = LLM.random(config, mesh, attention=common.ATTENTION.value, progress=False)
+    model = random_model(eos_ids=())  # nothing ends an answer early
     rng = np.random.default_rng(0)
     if "start" in parts:
         report(results, start_engine(model))
@@ -414,14 +429,7 @@ def main() -> None:
         pool(model, results, rng)
     if "deterministic" in parts:
         deterministic(model, results, rng)
-    workload = {
-        "config": dataclasses.asdict(config),
-        "mesh": dict(mesh.shape),
-        "backend": model.backend,
-        "engine": engine_flags.engine_options(),
-        "prompt": PROMPT.value,
-    }
-    print(record.save(NAME.value, mesh, workload, results, OUT.value))
+    save(model, results)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import engine as base, record
-from launch import common, engine_flags
-from sharded_llama.config import LlamaConfig
+from benchmarks import engine as base
+from launch import common
 from sharded_llama.engine.llm import LLM
 from sharded_llama.errors import ConfigError
 from sharded_llama.sampling import SamplingParams
@@ -118,21 +117,11 @@ def main() -> None:
     unknown = sorted(set(MEASURE.value) - set(parts))
     if unknown or not MEASURE.value:
         raise ConfigError(f"--measure={','.join(unknown)}: choose among {', '.join(ALL)}.")
-    config = LlamaConfig.from_dict(common.CONFIG.value.model)
-    config = config.replace(dtype=common.DTYPE.value or config.dtype)
-    mesh = common.choose_mesh(config)
-    model = LLM.random(config, mesh, attention=common.ATTENTION.value, progress=False)
+    model = base.random_model()
     results: list[base.Row] = []
     for name in MEASURE.value:
         parts[name](model, results, np.random.default_rng(0))
-    workload = {
-        "config": dataclasses.asdict(config),
-        "mesh": dict(mesh.shape),
-        "backend": model.backend,
-        "engine": engine_flags.engine_options(),
-        "prompt": base.PROMPT.value,
-    }
-    print(record.save(base.NAME.value, mesh, workload, results, base.OUT.value))
+    base.save(model, results)
 
 
 if __name__ == "__main__":

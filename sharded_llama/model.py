@@ -18,7 +18,7 @@ from .config import LlamaConfig
 from .kv_cache import KVPages
 from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
 from .mesh import check_mesh
-from .sharding import DATA, MODEL, SPECS
+from .sharding import DATA, MODEL, SPECS, local_ids
 from .weights import LayerWeights, XfmrWeights
 
 
@@ -325,8 +325,7 @@ _layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "n_sin
 def embed(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:
     """Embeddings (.., D) of tokens (..): each shard looks up those of its part of the vocabulary."""
     n_local = tok_embeddings_VD.shape[0]
-    local = tokens - jax.lax.axis_index(MODEL) * n_local
-    mine = (local >= 0) & (local < n_local)
+    local, mine = local_ids(tokens, n_local)
     x_D = tok_embeddings_VD[jnp.clip(local, 0, n_local - 1)]
     return jax.lax.psum(jnp.where(mine[..., None], x_D, 0), MODEL)
 

@@ -78,6 +78,12 @@ def check_model_size(config: LlamaConfig, model: int) -> None:
         )
 
 
+def local_ids(ids: jax.Array, n_local: int) -> tuple[jax.Array, jax.Array]:
+    """Inside `shard_map`: token ids relative to this shard's `n_local` of the vocabulary, and which of them it has."""
+    local = ids - jax.lax.axis_index(MODEL) * n_local
+    return local, (local >= 0) & (local < n_local)
+
+
 def padded(size: int, model: int) -> int:
     """`size` rounded up to a multiple of `model`: vocabulary and feed-forward width are padded with zero rows."""
     return -(-size // model) * model

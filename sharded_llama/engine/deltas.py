@@ -51,10 +51,9 @@ class Flight(NamedTuple):
 
 def by_sequence(sampled: Sampled, flight: Flight) -> Sampled:
     """What was sampled as arrays (tokens, sequences of the plan, ..): of several steps, or of neighbouring rows."""
-    n_most = max([flight.plan.n_steps, *flight.plan.n_tokens])
     if flight.plan.n_steps > 1:
         return Sampled(*(None if x is None else x[:, flight.columns] for x in sampled))
-    at = np.minimum(flight.columns + np.arange(n_most)[:, None], len(sampled.tokens_R) - 1)
+    at = np.minimum(flight.columns + np.arange(flight.plan.most_tokens)[:, None], len(sampled.tokens_R) - 1)
     return Sampled(*(None if x is None else x[at] for x in sampled))
 
 

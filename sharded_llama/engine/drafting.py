@@ -4,7 +4,6 @@ Whatever they are, the answer is that of plain decoding: a guess only decides ho
 """
 
 from collections.abc import Callable, Sequence as Seq
-from typing import Protocol
 
 import numpy as np
 
@@ -17,9 +16,12 @@ from .scheduler import Plan
 from .sequence import Sequence
 
 
-class Drafter(Protocol):
+class Drafter:
+    """Whoever makes guesses. `propose` is all that one must do."""
+
     def propose(self, sequences: Seq[Sequence]) -> None:
         """Before a step is planned: sets the drafts of sequences whose tokens are all known."""
+        raise NotImplementedError
 
     def complete(self, plan: Plan) -> None:
         """Before a step with drafts is packed: what the device has to be asked for."""
@@ -33,12 +35,10 @@ def may_speculate(params: SamplingParams) -> bool:
 
     Penalties and constraints would have to be brought up to date between the guesses of one step.
     """
-    penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty != 1
-    masks = params.structured_outputs, params.allowed_token_ids, params.bad_words, params.min_tokens
-    return not any((*penalties, *masks, params.entropy))
+    return not (params.has_penalties or params.has_mask or params.entropy)
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Prompt lookup, on the host."""
 
     def __init__(self, options: EngineOptions):
@@ -53,14 +53,8 @@ class LookupDrafter:
             lookup.extend(seq.tokens[len(lookup) :])
             seq.draft = lookup.propose(o.num_speculative_tokens)
 
-    def complete(self, plan: Plan) -> None:
-        pass
 
-    def follow(self, work: Work, has_prompts: bool) -> None:
-        pass
-
-
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A smaller model of the same vocabulary, over pages with the same numbers.
 
     It draws with the noise that the large model will draw with: where both distributions are alike so are the tokens.

@@ -200,7 +200,7 @@ class Engine:
 
     def _check_params(self, params: SamplingParams) -> None:
         """Raises RequestError for what this model and engine cannot do."""
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        for name in ("stop_token_ids", "logit_bias"):  # allowed_token_ids are looked at where the mask is made
             bad = next((i for i in getattr(params, name) or () if i >= self.config.vocab_size), None)
             if bad is not None:
                 raise RequestError(
@@ -269,9 +269,13 @@ class Engine:
         return request_id in self._sequences
 
     @property
+    def _runners(self) -> list[Runner]:
+        return [runner for runner in (self.runner, self._draft_runner) if runner is not None]
+
+    @property
     def compile_s(self) -> float:
         """Seconds that executables took to compile so far, one after the other."""
-        return sum(runner.compile_s for runner in (self.runner, self._draft_runner) if runner is not None)
+        return sum(runner.compile_s for runner in self._runners)
 
     @property
     def is_dead(self) -> bool:
@@ -312,7 +316,7 @@ class Engine:
         if packed is not None:
             for work in packed.works:
                 if self._drafter is not None:
-                    self._drafter.follow(work, packed.has_prompts)
+                    self._drafter.follow(work, any(plan.chunks))
                 sampled = self._execute(work)
             if packed.masked:
                 # What the rows may choose depends on tokens that are read while the device computes their logits.
@@ -423,7 +427,7 @@ class Engine:
             del self._sequences[sequence.request_id]
 
     def stats(self) -> EngineStats:
-        n_compiled = sum(runner.n_compiled for runner in (self.runner, self._draft_runner) if runner is not None)
+        n_compiled = sum(runner.n_compiled for runner in self._runners)
         return EngineStats(self._scheduler.stats(), dataclasses.replace(self.seconds), n_compiled)
 
     def follow(self) -> None:
@@ -447,9 +451,8 @@ class Engine:
         self._in_flight.clear()
         self._sequences.clear()
         self._aborted.clear()
-        self.runner.state = None
-        if self._draft_runner is not None:
-            self._draft_runner.state = None
+        for runner in self._runners:
+            runner.state = None
 
     def _check_alive(self) -> None:
         if self._dead is not None:

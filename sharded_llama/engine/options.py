@@ -17,8 +17,15 @@ BLOCK = 16  # tokens in a row of a prompt's chunk
 # costs, and compiling for many shapes would take longer than the answers.
 ACCELERATOR = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
 CPU = {"max_num_seqs": 16, "max_num_batched_tokens": 512}
-LIMITS = {"max_num_seqs": 65_536, "max_num_batched_tokens": 1 << 20, "decode_steps": 64, "num_pages": 1 << 30}
-LIMITS |= {"num_speculative_tokens": 32, "prompt_lookup_max": 32, "prompt_lookup_min": 32}
+LIMITS = {
+    "max_num_seqs": 65_536,
+    "max_num_batched_tokens": 1 << 20,
+    "decode_steps": 64,
+    "num_pages": 1 << 30,
+    "num_speculative_tokens": 32,
+    "prompt_lookup_max": 32,
+    "prompt_lookup_min": 32,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,6 @@ class Packed(NamedTuple):
     works: list[Work]  # to be executed in this order; the last one has the rows
     columns: np.ndarray  # for each sequence of `plan.rows`, its row among those of the last work
     scored: list[ScoredRows]
-    has_prompts: bool
     masked: list[Sequence]  # those that sample under a mask that their last token decides: see `Packer.masks`
 
 
@@ -55,7 +54,9 @@ class Packer:
         self._mode = np.zeros((n_shards, sizes.slots), np.int32)
         self._is_set = np.zeros((n_shards, sizes.slots), bool)  # the slot's mask, biases and so on are not neutral
         self._switching: list[Sequence] = []  # their mask changes when they have some tokens
-        self._neutral = pack_slot(vocab_size)
+        # Changes of a slot that there is not.
+        self._no_slot = np.concatenate([[sizes.slots], pack_slot(vocab_size)]).astype(np.int32)
+        (self._no_counts,) = pack_known(sizes.slots, (), ())
 
     def pack(self, plan: Plan) -> Packed:
         slots, known = self._place(plan)
@@ -90,7 +91,7 @@ class Packer:
         if last is not None:  # the last changes go with the rows
             names = ("tables_U3", "copies_C2", "slots_UX", "known_UX")
             work = work._replace(**{name: getattr(last, name) for name in names})
-        return Packed([*changes, work], np.concatenate(columns), scored, any(plan.chunks), masked)
+        return Packed([*changes, work], np.concatenate(columns), scored, masked)
 
     def masks(self, masks: Seq[tuple[Sequence, np.ndarray]]) -> list[Work]:
         """What ends a step with masked rows: their masks, uint32 words of the vocabulary, and the choice."""
@@ -140,7 +141,7 @@ class Packer:
                         self._switching.append(seq)
                 slots.append(self._slot_change(seq, mask))
             self._is_set[at] = is_set
-            if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            if params.has_penalties:
                 prompt = seq.prompt if params.repetition_penalty != 1 else ()  # the others do not look at it
                 known += [(seq.shard, c) for c in pack_known(seq.slot, prompt, seq.tokens[len(seq.prompt) :])]
         return slots, known
@@ -175,7 +176,7 @@ class Packer:
             return []
         most = max(sum(shard == s for s, _ in changes) for shard in range(self.n_shards))
         size = min(SLOT_CHANGES, self.sizes.slots) if most <= SLOT_CHANGES else self.sizes.slots
-        return _grouped_arrays(changes, self.n_shards, size, np.concatenate([[self.sizes.slots], self._neutral]))
+        return _grouped(changes, self.n_shards, size, self._no_slot)
 
     def _rows_of(self, chunk: Chunk) -> tuple[int, int]:
         """How many rows of one token and of a block of tokens a chunk takes."""
@@ -237,12 +238,13 @@ class Packer:
 
     def _changes(self, plan: Plan, slots: list[tuple], known: list[tuple]) -> list[Work]:
         """Changes of tables, pages, slots and counts, as many calls as they take."""
-        none = pack_known(self.sizes.slots, (), ())[0]
+        tables = [(shard, entry) for shard, *entry in plan.table_updates]
+        copies = [(shard, pages) for shard, *pages in plan.copies]
         groups: list[list[Any]] = [
-            _grouped(plan.table_updates, self.n_shards, TABLE_CHANGES, (self.sizes.slots, 0, 0)),
-            _grouped(plan.copies, self.n_shards, PAGE_COPIES, (0, self.n_pages)),
+            _grouped(tables, self.n_shards, TABLE_CHANGES, (self.sizes.slots, 0, 0)),
+            _grouped(copies, self.n_shards, PAGE_COPIES, (0, self.n_pages)),
             self._grouped_slots(slots),
-            _grouped_arrays(known, self.n_shards, 1, none) if known else [],
+            _grouped(known, self.n_shards, 1, self._no_counts),
         ]
         n_calls = max(map(len, groups))
         groups = [g + [None] * (n_calls - len(g)) for g in groups]
@@ -256,12 +258,14 @@ def _has_dynamic_mask(seq: Sequence) -> bool:
     return seq.params is not None and seq.params.mask is not None and seq.params.mask.is_dynamic
 
 
-def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int, ...]) -> list[np.ndarray | None]:
-    """Tuples (shard, ..) as arrays (n_shards * size, ..) of what is behind the shard, as few as hold them all."""
-    by_shard: list[list[tuple]] = [[] for _ in range(n_shards)]
-    for shard, *change in changes:
-        by_shard[shard].append(tuple(change))
-    groups: list[np.ndarray | None] = []
+def _grouped(
+    changes: list[tuple[int, Seq[int] | np.ndarray]], n_shards: int, size: int, nothing: Seq[int] | np.ndarray
+) -> list[np.ndarray]:
+    """Rows (X,) behind the number of their shard as arrays (n_shards * size, X), in order, as few as hold them all."""
+    by_shard: list[list[Seq[int] | np.ndarray]] = [[] for _ in range(n_shards)]
+    for shard, row in changes:
+        by_shard[shard].append(row)
+    groups = []
     for first in range(0, max(map(len, by_shard)), size):
         group = np.empty((n_shards, size, len(nothing)), np.int32)
         group[:] = nothing
@@ -269,20 +273,5 @@ def _grouped(changes: list[tuple], n_shards: int, size: int, nothing: tuple[int,
             part = of_shard[first : first + size]
             if part:
                 group[shard, : len(part)] = part
-        groups.append(group.reshape(n_shards * size, -1))
-    return groups
-
-
-def _grouped_arrays(
-    changes: list[tuple[int, np.ndarray]], n_shards: int, size: int, nothing: np.ndarray
-) -> list[np.ndarray]:
-    """Rows (X,) behind the number of their shard as arrays (n_shards * size, X), in order, as few as hold them all."""
-    by_shard = [[row for of, row in changes if of == shard] for shard in range(n_shards)]
-    groups = []
-    for first in range(0, max(map(len, by_shard)), size):
-        group = np.tile(nothing.astype(np.int32), (n_shards, size, 1))
-        for shard, of_shard in enumerate(by_shard):
-            for i, row in enumerate(of_shard[first : first + size]):
-                group[shard, i] = row
         groups.append(group.reshape(n_shards * size, -1))
     return groups

@@ -214,7 +214,8 @@ class Runner:
         )
         forwarded = self._abstract_forwarded(shape.n_rows, with_metrics)
         out = (_shardings(forwarded), pages_layout(self._abstract_pages))
-        return self._compile(("forward", shape, with_metrics), run, args, donate=(1,), out=out)
+        key = ("forward", shape, with_metrics)
+        return self._compile(key, run, args, donate=(1,), out=out, has_loops=with_metrics)
 
     def _choose(self, n_rows: int, mode: Mode) -> Any:
         forwarded = self._abstract_forwarded(n_rows, mode == Mode.ENTROPY)
@@ -222,7 +223,7 @@ class Runner:
         args = (forwarded, self._abstract_slots()[1], slots, self._rows(n_rows))
         run = functools.partial(choose, config=self.config, mesh=self.mesh, mode=mode)
         out = (self._sharding("replicated"), self._sharding("tokens"), _shardings(slots))
-        return self._compile(("choose", n_rows, mode), run, args, donate=(1, 2), out=out)
+        return self._compile(("choose", n_rows, mode), run, args, donate=(1, 2), out=out, has_loops=True)
 
     def _abstract_forwarded(self, n_rows: int, with_metrics: bool) -> Forwarded:
         vocab, data = self._abstract_weights.tok_embeddings.shape[0], self.mesh.shape[DATA]
@@ -291,13 +292,15 @@ class Runner:
     def _abstract_slots(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         return self._array((self.sizes.slots, self.table_width)), self._array((self.sizes.slots,))
 
-    def _compile(self, key: tuple, run: Callable, args: tuple, *, donate: tuple[int, ...], out: Any) -> Any:
+    def _compile(
+        self, key: tuple, run: Callable, args: tuple, *, donate: tuple[int, ...], out: Any, has_loops: bool = False
+    ) -> Any:
+        """has_loops: whether it has loops whose number of rounds only the device knows."""
         if key not in self._compiled:
             # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
             start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
             on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-            has_loops = key[0] == "choose" or key[-1] is True  # the search of the filters; metrics of attention
             loops = LOOPS_ON_DEVICE if on_gpu and has_loops else None
             self._compiled[key] = jitted.lower(*args).compile(compiler_options=loops)
             seconds = time.perf_counter() - start

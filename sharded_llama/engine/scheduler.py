@@ -85,6 +85,11 @@ class Plan(NamedTuple):
     copies: list[tuple[int, int, int]]  # shard, source page, target page
     placed: list[Sequence]  # those that got a slot
 
+    @property
+    def most_tokens(self) -> int:
+        """Sampled tokens of the row that has most."""
+        return max([self.n_steps, *self.n_tokens])
+
 
 class SchedulerStats(NamedTuple):
     """Sums over the shards; from prompt_tokens on since the start."""
@@ -288,7 +293,7 @@ class Scheduler:
         Returns the new tokens of each row whose sequence was not finished before, in the order of the rows; a stop
         token is the last one. Raises ValueError if the shape is wrong or a later plan has been updated already.
         """
-        n_most = max([plan.n_steps, *plan.n_tokens])
+        n_most = plan.most_tokens
         if tokens.shape != (n_most, len(plan.rows)):
             raise ValueError(f"tokens have shape {tokens.shape}, not {(n_most, len(plan.rows))}.")
         if plan.number <= self._n_updated:

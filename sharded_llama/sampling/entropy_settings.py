@@ -5,12 +5,12 @@ The idea and the constants are those of the quadrant sampler of xjdr-alt/entropi
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import RequestError
+from .numbers import is_integer, is_number
 
 MAX_TOP_K = 100
 MAX_CANDIDATES = 16
@@ -117,7 +117,7 @@ class EntropySettings:
             if bounds := field.metadata.get("bounds"):
                 self._check_bounds(field.name, bounds, whole=field.type is int)
         token = self.pause_token
-        if token is not None and not (_is_number(token, whole=True) and 0 <= token <= MAX_PAUSE_TOKEN):
+        if token is not None and not (is_integer(token) and 0 <= token <= MAX_PAUSE_TOKEN):
             raise _wrong("pause_token", token, f"None or a token id from 0 to {MAX_PAUSE_TOKEN}")
         for low, high in _ORDERED:
             if getattr(self, low) > getattr(self, high):
@@ -125,7 +125,7 @@ class EntropySettings:
 
     def _check_bounds(self, name: str, bounds: _Bounds, whole: bool) -> None:
         value = getattr(self, name)
-        fits = _is_number(value, whole) and bounds.least <= value <= bounds.most
+        fits = (is_integer if whole else is_number)(value) and bounds.least <= value <= bounds.most
         if not fits or (bounds.above and value == bounds.least):
             raise _wrong(name, value, f"a {'whole ' if whole else ''}number {bounds}")
 
@@ -155,11 +155,6 @@ def pack_settings(settings: EntropySettings) -> np.ndarray:
 def unpack_settings(packed_RX: Any) -> SettingColumns:
     """Rows of `pack_settings`, (R, N_SETTINGS) float32 on host or device, as columns (R,)."""
     return SettingColumns(*(packed_RX[:, i] for i in range(N_SETTINGS)))
-
-
-def _is_number(value: Any, whole: bool) -> bool:
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wrong(name: str, value: Any, right: str) -> RequestError:

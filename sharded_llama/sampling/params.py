@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from ..errors import RequestError
 from .entropy_settings import EntropySettings
+from .numbers import is_integer, is_number
 from .structured import StructuredOutputs
 
 MAX_N = 64  # answers to one prompt
@@ -89,6 +88,16 @@ class SamplingParams:
         self._check_instance("entropy", EntropySettings)
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether what was said before changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some tokens may not be chosen, here or at some place."""
+        return bool(self.structured_outputs or self.allowed_token_ids or self.bad_words or self.min_tokens)
+
+    @property
     def n_sequences(self) -> int:
         """Answers that are made, of which n are kept."""
         return self.best_of or self.n
@@ -99,8 +108,8 @@ class SamplingParams:
         right = f"a mapping of at most {MAX_BIAS} token ids to numbers from {-MAX_BIAS_VALUE:g} to {MAX_BIAS_VALUE:g}"
         self._check("logit_bias", isinstance(self.logit_bias, Mapping) and len(self.logit_bias) <= MAX_BIAS, right)
         for token, value in self.logit_bias.items():
-            self._check("logit_bias", _is_integer(token) and 0 <= token <= MAX_ID, right)
-            self._check("logit_bias", _is_number(value) and abs(value) <= MAX_BIAS_VALUE, right)
+            self._check("logit_bias", is_integer(token) and 0 <= token <= MAX_ID, right)
+            self._check("logit_bias", is_number(value) and abs(value) <= MAX_BIAS_VALUE, right)
         self._set("logit_bias", {int(t): float(v) for t, v in self.logit_bias.items()} or None)
 
     def _texts(self, name: str, given: Any, most: int, longest: int) -> tuple[str, ...]:
@@ -113,7 +122,7 @@ class SamplingParams:
     def _ids(self, name: str, given: Any, most: int) -> tuple[int, ...]:
         right = f"a list of at most {most} token ids"
         values = self._listed(name, given, right)
-        self._check(name, len(values) <= most and all(_is_integer(v) and 0 <= v <= MAX_ID for v in values), right)
+        self._check(name, len(values) <= most and all(is_integer(v) and 0 <= v <= MAX_ID for v in values), right)
         return tuple(dict.fromkeys(int(v) for v in values))
 
     def _listed(self, name: str, given: Any, right: str) -> tuple:
@@ -135,11 +144,11 @@ class SamplingParams:
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
-        return float(value) if _is_number(value) else math.nan
+        return float(value) if is_number(value) else math.nan
 
     def _integer(self, name: str) -> float:
         value = getattr(self, name)
-        return value if _is_integer(value) else math.nan
+        return value if is_integer(value) else math.nan
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -156,18 +165,6 @@ class SamplingParams:
             names = ", ".join(f.name for f in dataclasses.fields(cls))
             raise RequestError(f"unknown sampling parameter {sorted(unknown)[0]!r}; there are: {names}.")
         return cls(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    try:
-        return number and math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
 
 
 def _shortened(value: Any) -> str:

@@ -1,13 +1,14 @@
 """The sampler that ends every step: logits in, one token per row out, nothing but that leaves the device."""
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..sharding import DATA, MODEL, SPECS
+from ..sharding import DATA, MODEL, SPECS, local_ids
 from .entropy import best_candidate, choose_strategy, logit_metrics, stack_metrics
 from .entropy_settings import MAX_CANDIDATES, unpack_settings
 from .filters import Candidates, Filters, K, is_kept, last_kept, top_tokens
@@ -33,9 +34,8 @@ def mode_of(params: SamplingParams) -> Mode:
         return Mode.ENTROPY
     if params.logprobs or params.prompt_logprobs:
         return Mode.LOGPROBS
-    changes = (params.presence_penalty, params.frequency_penalty, params.logit_bias, params.allowed_token_ids)
-    changes += (params.bad_words, params.min_tokens, params.structured_outputs, params.repetition_penalty != 1)
-    return Mode.SAMPLE if params.temperature > 0 or any(changes) else Mode.GREEDY
+    changes_logits = params.has_penalties or params.has_mask or params.logit_bias
+    return Mode.SAMPLE if params.temperature > 0 or changes_logits else Mode.GREEDY
 
 
 class Sampled(NamedTuple):
@@ -136,12 +136,10 @@ def sample(
 
 
 class Drawn(NamedTuple):
-    """How a draw was made."""
+    """What further draws of the same rows need."""
 
-    peak_R: jax.Array  # the largest processed logit
     candidates: Candidates
-    kept_RK: jax.Array  # which of the candidates passed the filters
-    filters: Filters
+    noisy: Callable[[jax.Array, jax.Array, int], jax.Array]  # of logits, their ids and the number of the draw
 
 
 def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_size: int) -> tuple[jax.Array, Drawn]:
@@ -157,18 +155,17 @@ def draw(logits_RV: jax.Array, rows: RowParams, positions_R: jax.Array, vocab_si
     candidates = top_tokens(logits_RV, min(K, vocab_size))
     cut = last_kept(logits_RV, peak_R, candidates, filters, vocab_size)
 
-    def noisy(logits: jax.Array, ids: jax.Array) -> jax.Array:
-        """Of tokens that are kept."""
+    def noisy(logits: jax.Array, ids: jax.Array, number: int = 0) -> jax.Array:
+        """Logits with the noise of a draw, of which the largest is drawn; -inf for what the filters drop."""
         # Relative to the largest, so that no temperature, however small, overflows.
         scaled = (logits - peak_R[:, None]) / filters.temperature_R[:, None]
-        with_noise = scaled + gumbel(rows.seed_R2, positions_R, ids)
+        with_noise = scaled + gumbel(rows.seed_R2, positions_R, ids, draw=number)
         return jnp.where(is_kept(logits, ids, peak_R, cut, filters), with_noise, -jnp.inf)
 
     n_local = logits_RV.shape[-1]
     ids_RV = jnp.broadcast_to(jax.lax.axis_index(MODEL) * n_local + jnp.arange(n_local), logits_RV.shape)
     tokens_R = sharded_argmax(jnp.where(is_greedy_R[:, None], logits_RV, noisy(logits_RV, ids_RV)))
-    kept_RK = is_kept(candidates.logits_RK, candidates.ids_RK, peak_R, cut, filters)
-    return tokens_R, Drawn(peak_R, candidates, kept_RK, filters)
+    return tokens_R, Drawn(candidates, noisy)
 
 
 def draw_by_entropy(
@@ -198,13 +195,10 @@ def draw_by_entropy(
     tokens_R, drawn = draw(processed_RV, rows, positions_R, vocab_size)
 
     # More draws of the same distribution: with top_k at most MAX_TOP_K all of it is among the candidates.
-    ids_RK, kept_RK = drawn.candidates.ids_RK, drawn.kept_RK
-    scaled_RK = (drawn.candidates.logits_RK - drawn.peak_R[:, None]) / drawn.filters.temperature_R[:, None]
-    others = []
+    candidates, others = drawn.candidates, []
     for i in range(1, MAX_CANDIDATES):
-        noise_RK = gumbel(rows.seed_R2, positions_R, ids_RK, draw=i)
-        at_R = jnp.argmax(jnp.where(kept_RK, scaled_RK + noise_RK, -jnp.inf), axis=1)
-        others.append(jnp.take_along_axis(ids_RK, at_R[:, None], axis=1)[:, 0])
+        at_R = jnp.argmax(drawn.noisy(candidates.logits_RK, candidates.ids_RK, i), axis=1)
+        others.append(jnp.take_along_axis(candidates.ids_RK, at_R[:, None], axis=1)[:, 0])
     tokens_RN = jnp.stack([tokens_R, *others], axis=1)
     logprobs_RN = logits_of(logits_RV, tokens_RN) - normalizer_R[:, None]
     best_R = best_candidate(logprobs_RN, jnp.maximum(choice.n_candidates_R, 1))
@@ -228,7 +222,6 @@ def sharded_argmax(logits_RV: jax.Array) -> jax.Array:
 def logits_of(logits_RV: jax.Array, tokens_RN: jax.Array) -> jax.Array:
     """The logits (R, N) of some tokens of each row, from the shards that have them; 0 for ids that none has."""
     n_local = logits_RV.shape[-1]
-    local_RN = tokens_RN - jax.lax.axis_index(MODEL) * n_local
-    mine_RN = (local_RN >= 0) & (local_RN < n_local)
+    local_RN, mine_RN = local_ids(tokens_RN, n_local)
     logits_RN = jnp.take_along_axis(logits_RV, jnp.clip(local_RN, 0, n_local - 1), axis=-1)
     return jax.lax.psum(jnp.where(mine_RN, logits_RN, 0), MODEL)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..sharding import DATA, MODEL, SPECS, named_sharding
+from ..sharding import DATA, SPECS, local_ids, named_sharding
 from .entropy_settings import N_SETTINGS
 from .params import MAX_BIAS
 
@@ -109,14 +109,13 @@ def set_counts(counts_SV: jax.Array, changes_UX: jax.Array) -> jax.Array:
     anew_U = jnp.where(changes_UX[:, 1] > 0, slot_U, n_slots)
     counts_SV = counts_SV.at[anew_U].set(0, mode="drop")
     units_UN = changes_UX[:, 2:]
-    local_UN = units_UN // 2 - jax.lax.axis_index(MODEL) * n_local
-    column_UN = jnp.where((units_UN >= 0) & (local_UN >= 0) & (local_UN < n_local), local_UN, n_local)
+    local_UN, mine_UN = local_ids(units_UN // 2, n_local)
+    column_UN = jnp.where((units_UN >= 0) & mine_UN, local_UN, n_local)
     return counts_SV.at[slot_U[:, None], column_UN].add(jnp.where(units_UN % 2 > 0, GENERATED, IN_PROMPT), mode="drop")
 
 
 def count_tokens(counts_SV: jax.Array, slot_R: jax.Array, tokens_R: jax.Array) -> jax.Array:
     """The counts with one more of each row's token; slots beyond the last: nothing. One device's part."""
     n_local = counts_SV.shape[-1]
-    local_R = tokens_R - jax.lax.axis_index(MODEL) * n_local
-    column_R = jnp.where((local_R >= 0) & (local_R < n_local), local_R, n_local)
-    return counts_SV.at[slot_R, column_R].add(GENERATED, mode="drop")
+    local_R, mine_R = local_ids(tokens_R, n_local)
+    return counts_SV.at[slot_R, jnp.where(mine_R, local_R, n_local)].add(GENERATED, mode="drop")
