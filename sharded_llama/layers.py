@@ -133,9 +133,13 @@ def apply_rotary_emb(x_HK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arr
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_HK.dtype)
 
 
-def project_qkv(x: jax.Array, wqkv_GRKD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x (.., D) to q (.., H, K), k (.., G, K) and v (.., G, K) with one fused product."""
-    qkv = dot("...d,grkd->...grk", x, wqkv_GRKD)
+def project_qkv(x: jax.Array, wqkv_GRKD: jax.Array) -> jax.Array:
+    """x (.., D) to (.., G, R' + 2, K): of each kv head its R' queries, then its key and its value, in one product."""
+    return dot("...d,grkd->...grk", x, wqkv_GRKD)
+
+
+def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `project_qkv` gives as q (.., H, K), k (.., G, K) and v (.., G, K)."""
     n_kv_heads, width, head_dim = qkv.shape[-3:]
     q = qkv[..., : width - 2, :].reshape(*qkv.shape[:-3], n_kv_heads * (width - 2), head_dim)
     return q, qkv[..., width - 2, :], qkv[..., width - 1, :]

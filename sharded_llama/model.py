@@ -14,9 +14,22 @@ from jax.sharding import Mesh
 
 from .attention import Runs, attend, attend_pages, choose_backend
 from .attention.metrics import attention_metrics
+from .attention.scores_gpu import paged_scores
 from .config import LlamaConfig
+from .fused.add_norm import add_norm, add_norm_reference
+from .fused.rotate_write import rotate_write
 from .kv_cache import KVPages
-from .layers import Probe, apply_rotary_emb, dot, feed_forward, project_qkv, rms_norm, rope_angles, unprobed
+from .layers import (
+    Probe,
+    apply_rotary_emb,
+    dot,
+    feed_forward,
+    project_qkv,
+    rms_norm,
+    rope_angles,
+    split_qkv,
+    unprobed,
+)
 from .mesh import check_mesh
 from .sharding import DATA, MODEL, SPECS, local_ids
 from .weights import LayerWeights, XfmrWeights
@@ -180,7 +193,7 @@ def _forward(
     with jax.named_scope("embedding"):
         h_BLD = _drop(embed(weights.tok_embeddings, tokens_BL), dropout, 0)
     for i, layer_weights in enumerate(weights.layers):
-        h_BLD, _ = _layer(
+        h_BLD, *_ = _layer(
             layer_weights,
             h_BLD,
             rotary,
@@ -211,21 +224,25 @@ def _forward_step(
     rotary = rope_angles(config, positions_T)
     with jax.named_scope("embedding"):
         h_TD = embed(weights.tok_embeddings, rows.tokens_T)
-    new_pages, metrics, seen = [], [], {}
+    added, new_pages, metrics, seen = None, [], [], {}
 
     def see(name: str, x: jax.Array) -> jax.Array:
         return seen.setdefault(name, x)
 
     last_R = last_tokens(rows, n_single)
     for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
-        args = (layer_weights, h_TD, rotary, layer_pages, places)
+        args = (layer_weights, h_TD, rotary, layer_pages, places, added)
+        static = {"config": config, "backend": backend, "n_single": n_single}
         if with_metrics and i == len(pages) - 1:
-            h_TD, layer_pages = transformer_layer(*args, config=config, backend=backend, n_single=n_single, probe=see)
+            h_TD, layer_pages, added = transformer_layer(*args, **static, probe=see)
             live_R = jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0)
-            metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, rows.tables_RW, live_R)]
+            kernel = paged_scores if backend == "gpu" else None
+            metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, rows.tables_RW, live_R, kernel)]
         else:
-            h_TD, layer_pages = _layer(*args, config=config, backend=backend, n_single=n_single)
+            h_TD, layer_pages, added = _layer(*args, **static)
         new_pages.append(layer_pages)
+    if added is not None:
+        h_TD = h_TD + added
     if not all_logits:
         h_TD = h_TD[last_R]
     return _logits(weights, h_TD, config), tuple(new_pages), *metrics
@@ -279,6 +296,7 @@ def transformer_layer(
     rotary: tuple[jax.Array, jax.Array],
     pages: KVPages | None = None,
     places: RowPlaces | None = None,
+    added: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     layer: jax.Array | int = 0,
     *,
@@ -287,35 +305,46 @@ def transformer_layer(
     n_single: int = 0,
     dropout_rate: float = 0.0,
     probe: Probe = unprobed,
-) -> tuple[jax.Array, KVPages | None]:
-    """One device's part of a layer: h (.., D) to h (.., D), and the updated pages.
+) -> tuple[jax.Array, KVPages | None, jax.Array | None]:
+    """One device's part of a layer: h (.., D) to h (.., D), the updated pages, and what is yet to be added to h.
 
     Without pages h is (B, L, D), whole sequences that attend to themselves; with pages it is (T, D), the tokens of a
     step, and `places` and `n_single` say of which rows. `rotary` is cos and sin (.., K/2) of the tokens' positions.
+    `added` is what the layer before left to be added: kernels that fuse the sum with the norm take it from there.
     `probe` is given every component that has a name in `parity.components`.
     """
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
+    fused = backend == "gpu" and probe is unprobed and pages is not None and pages.scale_NPG is None
+    add_and_norm = add_norm if fused else add_norm_reference
 
     with jax.named_scope("attention"):
-        x = probe("attention_norm", rms_norm(h, w.attention_norm, config.norm_eps))
-        q_HK, k_GK, v_GK = project_qkv(x, w.wqkv)
-        q_HK, k_GK, v_GK = probe("q", q_HK), probe("k", k_GK), probe("v", v_GK)
-        q_HK = probe("q_rotated", apply_rotary_emb(q_HK, *rotary))
-        k_GK = probe("k_rotated", apply_rotary_emb(k_GK, *rotary))
+        h, x = add_and_norm(h, added, w.attention_norm, config.norm_eps)
+        x = probe("attention_norm", x)
+        qkv = project_qkv(x, w.wqkv)
+        if fused:
+            q_HK, pages = rotate_write(qkv, *rotary, pages, places.at_T)
+        else:
+            q_HK, k_GK, v_GK = map(probe, "qkv", split_qkv(qkv))
+            q_HK = probe("q_rotated", apply_rotary_emb(q_HK, *rotary))
+            k_GK = probe("k_rotated", apply_rotary_emb(k_GK, *rotary))
+            pages = None if pages is None else pages.write(k_GK, v_GK, places.at_T)
         if pages is None:
             attn_HK = attend(backend, q_HK, k_GK, v_GK)
         else:
-            pages = pages.write(k_GK, v_GK, places.at_T)
             attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single, places.runs)
         attn_HK = probe("attn", attn_HK)
         attn = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_HK, w.wo), MODEL))
-        h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
 
     with jax.named_scope("feed_forward"):
-        x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
+        if fused:
+            h, x = add_norm(h, attn, w.ffn_norm, config.norm_eps)
+        else:
+            h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
+            x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
         down = probe("down", jax.lax.psum(feed_forward(x, w.w13, w.w2, probe), MODEL))
-        h = probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2))
-    return h, pages
+        if fused:
+            return h, pages, down
+        return probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2)), pages, None
 
 
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.

@@ -109,7 +109,7 @@ def test_project_qkv(model):
     """The fused product gives what the three separate ones give, for each shard's share of the heads."""
     x, wq, wk, wv = normal(0, 3, 7, 50), normal(1, 8, 6, 50), normal(2, 4, 6, 50), normal(3, 4, 6, 50)
     fused = np.concatenate([wq.reshape(4, 2, 6, 50), wk[:, None], wv[:, None]], axis=1)
-    parts = [jax.jit(layers.project_qkv)(x, part) for part in np.split(fused, model)]
+    parts = [jax.jit(lambda x, w: layers.split_qkv(layers.project_qkv(x, w)))(x, part) for part in np.split(fused, model)]
     for ours, weight in zip(
         map(lambda p: np.concatenate(p, axis=2), zip(*parts, strict=True)), (wq, wk, wv), strict=True
     ):

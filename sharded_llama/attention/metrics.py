@@ -6,6 +6,7 @@ KEPT positions are kept between them, so that rows of up to as many are read onc
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from ..layers import dot
 from ..sharding import DATA, MODEL
 
 BLOCK = 128  # cached positions that are scored at a time
+KERNEL_BLOCK = 512  # the same, of a kernel that leaves out what is not live
 KEPT = 2048
 # Below every score, and finite: no difference of peaks is NaN.
 NOTHING = -1e30
@@ -31,7 +33,13 @@ class _Sums(NamedTuple):
     size: jax.Array  # of |score|
 
 
-def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, length_R: jax.Array) -> jax.Array:
+def attention_metrics(
+    q_RHK: jax.Array,
+    pages: KVPages,
+    tables_RW: jax.Array,
+    length_R: jax.Array,
+    kernel: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
     """Attention entropy, varentropy, agreement and interaction of each row's query: (R, 4) float32.
 
     With s_hj = q_h . k_j / sqrt(K), A_h = softmax_j(s_h) and E_h = -sum_j A_hj log2 A_hj, over the heads h of the whole
@@ -47,11 +55,12 @@ def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, le
       pages: of the layer, one device's part.
       tables_RW: int32, the row's pages. Numbers beyond the pool may stand after the last page that is needed.
       length_R: int32, positions that count, the newest included; at most those of the table.
+      kernel: `scores_gpu.paged_scores` where it runs; default: plain JAX.
     """
     # float32 is enough for what is only compared with thresholds.
     q_RHK = q_RHK.astype(jnp.float32) if q_RHK.dtype == jnp.float64 else q_RHK
     page_size, n_kv_heads = pages.kv_NPGK.shape[1], pages.kv_NPGK.shape[2] // 2
-    per_block = min(max(1, BLOCK // page_size), tables_RW.shape[1])
+    per_block = KERNEL_BLOCK // page_size if kernel else min(max(1, BLOCK // page_size), tables_RW.shape[1])
     n_blocks = -(-tables_RW.shape[1] // per_block)
     tables_RW = jnp.pad(tables_RW, [(0, 0), (0, n_blocks * per_block - tables_RW.shape[1])])
     block = per_block * page_size
@@ -59,6 +68,8 @@ def attention_metrics(q_RHK: jax.Array, pages: KVPages, tables_RW: jax.Array, le
 
     def scores(i: jax.Array | int) -> jax.Array:
         """Of block i: (R, H, S) float32, NOTHING where a position is not live."""
+        if kernel:
+            return kernel(q_RHK, pages, tables_RW, length_R, jnp.int32(i * block), block, NOTHING)
         pages_RW = jax.lax.dynamic_slice_in_dim(tables_RW, i * per_block, per_block, axis=1)
         k_RSGK = pages.read(pages_RW, q_RHK.dtype)[0].reshape(q_RHK.shape[0], block, n_kv_heads, -1)
         # In the order that the product takes, so that reading the pages makes the only copy. Without the barrier a

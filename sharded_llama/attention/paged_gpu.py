@@ -3,8 +3,8 @@
 A program takes the queries of one kv head of one row, so that grouped heads share the keys and values they load, and
 walks over the cached positions that these queries see, a block at a time: a gather of the block's page numbers, then of
 its keys and values, then the online softmax (Milakov and Gimelshein, 2018). Where rows and heads are too few to fill
-the GPU, the positions of a row are split between programs, whose parts are merged afterwards in a fixed order
-(flash decoding: Dao et al., 2023). What a query gives depends on its row and on static shapes alone, bit for bit.
+the GPU, the positions of a row are split between programs, whose parts another kernel merges in a fixed
+order (flash decoding: Dao et al., 2023). What a query gives depends on its row and on static shapes alone, bit for bit.
 """
 
 import functools
@@ -150,7 +150,15 @@ def paged_attn_gpu(
     )
     if n_splits == 1:
         return parts[0].reshape(q_BLHK.shape)
-    return _merge(*parts, start_B, sizes).astype(q_BLHK.dtype)
+    merged = pl.pallas_call(
+        functools.partial(_merge, sizes=sizes),
+        grid=(n_rows,),
+        out_shape=jax.ShapeDtypeStruct((n_rows, width), q_BLHK.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="paged_attention_merge",
+    )(*parts, start_B)
+    return merged.reshape(q_BLHK.shape)
 
 
 def _attend(
@@ -260,21 +268,33 @@ def _mask(row_M: jax.Array, column_K: jax.Array, width: int) -> jax.Array:
 
 
 def _merge(
-    peak: jax.Array, denominator: jax.Array, weighted: jax.Array, start_B: jax.Array, sizes: _Sizes
-) -> jax.Array:
-    """The splits' parts, float32, as one result (B, L, H, K). Splits without a block have written nothing: any bits."""
-    shape = (sizes.n_splits, sizes.batch, sizes.length, sizes.heads)
-    # A query's number within its kv head, as the kernel counts, tells its tile.
-    query_LH = _iota(sizes.length)[:, None] * sizes.group + _iota(sizes.heads) % sizes.group
-    end_BLH = _end(start_B[:, None, None], query_LH // sizes.tile, sizes)
-    split_S = _iota(sizes.n_splits).reshape(-1, 1, 1, 1)
-    first, last = _blocks(end_BLH, split_S, sizes)
-    written = first < last
-    peak = jnp.where(written, peak.reshape(shape), NOTHING)
-    denominator = jnp.where(written, denominator.reshape(shape), 0)
-    weighted = jnp.where(written[..., None], weighted.reshape(*shape, sizes.width), 0)
-    part = jnp.exp2(peak - jnp.max(peak, axis=0))
-    return jnp.sum(weighted * part[..., None], axis=0) / jnp.sum(denominator * part, axis=0)[..., None]
+    peak_ref: jax.Ref,  # (splits * B * L * H,), as are the denominators
+    denominator_ref: jax.Ref,
+    weighted_ref: jax.Ref,  # (splits * B * L * H, K)
+    start_ref: jax.Ref,  # (B,)
+    out_ref: jax.Ref,  # (B * L * H, K)
+    *,
+    sizes: _Sizes,
+) -> None:
+    """One program: the splits' parts of one query as its result."""
+    at = pl.program_id(0)
+    token, head = lax.div(at, sizes.heads), lax.rem(at, sizes.heads)
+    row, token = lax.div(token, sizes.length), lax.rem(token, sizes.length)
+    # A query's number within its kv head, as the other kernel counts, tells its tile.
+    query = token * sizes.group + lax.rem(head, sizes.group)
+    split_S = _iota(1 << (sizes.n_splits - 1).bit_length())
+    first_S, last_S = _blocks(_end(start_ref[row], lax.div(query, sizes.tile), sizes), split_S, sizes)
+    # Splits without a block have written nothing.
+    written_S = (first_S < last_S) & (split_S < sizes.n_splits)
+    column_K = _iota(_power_of_two(sizes.width))
+    written_SK = _mask(written_S, column_K, sizes.width)
+    at_S = split_S * (sizes.batch * sizes.length * sizes.heads) + at
+    peak_S = plgpu.load(peak_ref.at[at_S], mask=written_S, other=NOTHING)
+    part_S = jnp.exp2(peak_S - jnp.max(peak_S))
+    denominator = jnp.sum(plgpu.load(denominator_ref.at[at_S], mask=written_S, other=0) * part_S)
+    weighted_SK = plgpu.load(weighted_ref.at[at_S[:, None], column_K[None]], mask=written_SK, other=0)
+    out_K = jnp.sum(weighted_SK * part_S[:, None], axis=0) / denominator
+    plgpu.store(out_ref.at[at, column_K], out_K.astype(out_ref.dtype), mask=column_K < sizes.width)
 
 
 def _choose_tuning(dtype: jnp.dtype, kv_dtype: jnp.dtype, queries: int) -> Tuning:

@@ -241,7 +241,7 @@ def _cached_layer(
         rows = StepRows(tokens_T, start_B, jnp.full_like(start_B, length), tables_BW)
         positions_T, places = row_places(rows, n_single, *pages.kv_NPGK.shape[:2])
         h_TD, rotary = h_BLD.reshape(-1, h_BLD.shape[-1]), rope_angles(config, positions_T)
-        _, pages = transformer_layer(
+        _, pages, _ = transformer_layer(
             w, h_TD, rotary, pages, places, config=config, backend=backend, n_single=n_single, probe=keep
         )
         seen = {name: keep.seen[name] for name in _CACHED_GIVEN}

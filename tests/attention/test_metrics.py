@@ -11,6 +11,7 @@ from sampling import entropy_spec as spec
 
 from sharded_llama.attention import metrics
 from sharded_llama.attention.metrics import BLOCK, attention_metrics
+from sharded_llama.attention.scores_gpu import paged_scores
 from sharded_llama.kv_cache import EIGHT_BIT, PAGE_SIZE, KVPages
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sharding import DATA, MODEL, SPECS
@@ -24,16 +25,24 @@ LONG = 4 * BLOCK // PAGE_SIZE + 3  # pages of a table of more than four blocks
 MESHES = [((1, 1), 2), ((2, 4), 4), ((2, 4), 2), ((1, 8), 8), ((1, 8), 1)]
 
 
+INTERPRETED = functools.partial(paged_scores, interpret=True)
+both_ways = pytest.mark.parametrize("kernel", [None, INTERPRETED], ids=["plain", "kernel"])
+
+
 @pytest.fixture(autouse=True)
 def few_kept(monkeypatch):
     monkeypatch.setattr(metrics, "KEPT", KEPT)
+    monkeypatch.setattr(metrics, "KERNEL_BLOCK", BLOCK)
 
 
 @functools.cache
-def on_mesh(data, model):
+def on_mesh(data, model, kernel=None):
     """`attention_metrics` of global arrays."""
     specs = P(DATA, MODEL), SPECS["kv_pages"], P(DATA), P(DATA)
-    return jax.jit(jax.shard_map(attention_metrics, mesh=make_mesh(data, model), in_specs=specs, out_specs=P(DATA)))
+    run = functools.partial(attention_metrics, kernel=kernel)
+    return jax.jit(
+        jax.shard_map(run, mesh=make_mesh(data, model), in_specs=specs, out_specs=P(DATA), check_vma=kernel is None)
+    )
 
 
 write = jax.jit(KVPages.write)
@@ -72,9 +81,9 @@ class Case:
         self.q, self.k = (np.float64(x.astype(jnp.float32)) for x in (q, k))
         self.mesh = mesh
 
-    def ours(self, pages=None):
+    def ours(self, pages=None, kernel=None):
         q, _, tables, lengths = self.args
-        return np.asarray(on_mesh(*self.mesh)(q, self.pages if pages is None else pages, tables, lengths))
+        return np.asarray(on_mesh(*self.mesh, kernel)(q, self.pages if pages is None else pages, tables, lengths))
 
     def scores(self, row):
         """Of the live positions: (H, S) float64."""
@@ -88,20 +97,22 @@ class Case:
 RAGGED = [1, 0, 37, LONG * PAGE_SIZE, BLOCK, KEPT + 1, KEPT, BLOCK + 1]
 
 
+@both_ways
 @pytest.mark.parametrize(("mesh", "kv_heads"), MESHES, ids=str)
-def test_ragged_rows(mesh, kv_heads):
+def test_ragged_rows(mesh, kv_heads, kernel):
     """Empty slots, one position, whole blocks and one more, the whole table."""
     case = Case(mesh, kv_heads, RAGGED, LONG)
-    ours, exact = case.ours(), case.exact()
+    ours, exact = case.ours(kernel=kernel), case.exact()
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours[1], 0)
     assert np.all(exact[2:, :2] > 0.01)  # heads differ: neither column could be a constant
 
 
-def test_a_table_of_less_than_a_block():
+@both_ways
+def test_a_table_of_less_than_a_block(kernel):
     case = Case((2, 4), 4, [5, 16, 0, 40], 3)
-    np.testing.assert_allclose(case.ours(), case.exact(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(case.ours(kernel=kernel), case.exact(), rtol=1e-5, atol=1e-6)
     case.args = *case.args[:3], jnp.zeros(4, jnp.int32)
     np.testing.assert_array_equal(case.ours(), np.zeros((4, 4)))
 
@@ -128,22 +139,24 @@ def test_heads_that_agree():
     assert np.all(ours[:, 0] > 1)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
+def test_half_precision(dtype, kernel):
     """Products of half types are exact in float32: no farther from the exact scores of the same inputs."""
     case = Case((2, 4), 2, RAGGED, LONG, dtype)
-    np.testing.assert_allclose(case.ours(), case.exact(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(case.ours(kernel=kernel), case.exact(), rtol=1e-5, atol=1e-6)
 
 
+@both_ways
 @pytest.mark.parametrize("kv_dtype", list(EIGHT_BIT))
-def test_eight_bit_cache(kv_dtype):
+def test_eight_bit_cache(kv_dtype, kernel):
     """What the stored keys say exactly, and what the keys said within the rounding of the type.
 
     Rounding moves a score by at most |q| times the largest error of a key over sqrt(K), d: interaction by at most d, a
     probability by at most a factor exp(2 d).
     """
     case = Case((1, 8), 2, RAGGED, LONG, kv_dtype=kv_dtype)
-    ours, exact = case.ours(), case.exact()
+    ours, exact = case.ours(kernel=kernel), case.exact()
     tables = case.args[2]
     stored = case.pages.read(tables, jnp.float32)[0]
     written = case.k
@@ -162,17 +175,18 @@ def test_eight_bit_cache(kv_dtype):
     assert np.max(differs[:, :2]) < (0.1 if kv_dtype == "float8_e4m3fn" else 0.02)
 
 
+@both_ways
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_what_is_not_live_changes_no_bit(kv_dtype):
+def test_what_is_not_live_changes_no_bit(kv_dtype, kernel):
     """Neither NaN nor anything else in places beyond a row's length, of other rows, or of values."""
     case = Case((1, 8), 2, RAGGED, LONG, kv_dtype=kv_dtype)
-    clean = case.ours()
+    clean = case.ours(kernel=kernel)
     is_live_key = case.live[:, :, None] & (np.arange(case.pages.kv_NPGK.shape[2]) % 2 == 0)
     for rubbish in (77, jnp.nan):
         filling = jnp.asarray(77 if kv_dtype == "int8" else rubbish, case.pages.kv_NPGK.dtype)
         kv = jnp.where(is_live_key[..., None], case.pages.kv_NPGK, filling)
         scale = None if case.pages.scale_NPG is None else jnp.where(is_live_key, case.pages.scale_NPG, rubbish)
-        np.testing.assert_array_equal(case.ours(KVPages(kv, scale)), clean)
+        np.testing.assert_array_equal(case.ours(KVPages(kv, scale), kernel), clean)
 
 
 def test_a_row_does_not_depend_on_the_others():
