@@ -241,10 +241,10 @@ def _forward_step(
         else:
             h_TD, layer_pages, added = _layer(*args, **static)
         new_pages.append(layer_pages)
-    if added is not None:
-        h_TD = h_TD + added
     if not all_logits:
-        h_TD = h_TD[last_R]
+        h_TD, added = h_TD[last_R], None if added is None else added[last_R]
+    if added is not None:
+        h_TD = h_TD + jax.lax.psum(added, MODEL)
     return _logits(weights, h_TD, config), tuple(new_pages), *metrics
 
 
@@ -310,18 +310,23 @@ def transformer_layer(
 
     Without pages h is (B, L, D), whole sequences that attend to themselves; with pages it is (T, D), the tokens of a
     step, and `places` and `n_single` say of which rows. `rotary` is cos and sin (.., K/2) of the tokens' positions.
-    `added` is what the layer before left to be added: kernels that fuse the sum with the norm take it from there.
+    `added` is what the layer before left to be added, this shard's part of it: kernels that fuse the sums with the norm
+    take it from there.
     `probe` is given every component that has a name in `parity.components`.
     """
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
-    fused = backend == "gpu" and probe is unprobed and pages is not None and pages.scale_NPG is None
-    add_and_norm = add_norm if fused else add_norm_reference
+    fused = backend == "gpu" and probe is unprobed and pages is not None
+
+    def sum_norm(h: jax.Array, part: jax.Array | None, weight_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """h with what the shards' parts add to it, and its norm."""
+        added = None if part is None else jax.lax.psum(part, MODEL)
+        return (add_norm if fused else add_norm_reference)(h, added, weight_D, config.norm_eps)
 
     with jax.named_scope("attention"):
-        h, x = add_and_norm(h, added, w.attention_norm, config.norm_eps)
+        h, x = sum_norm(h, added, w.attention_norm)
         x = probe("attention_norm", x)
         qkv = project_qkv(x, w.wqkv)
-        if fused:
+        if fused and pages.scale_NPG is None:
             q_HK, pages = rotate_write(qkv, *rotary, pages, places.at_T)
         else:
             q_HK, k_GK, v_GK = map(probe, "qkv", split_qkv(qkv))
@@ -333,17 +338,16 @@ def transformer_layer(
         else:
             attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single, places.runs)
         attn_HK = probe("attn", attn_HK)
-        attn = probe("attn_wo", jax.lax.psum(dot("...hk,dhk->...d", attn_HK, w.wo), MODEL))
+        attn = dot("...hk,dhk->...d", attn_HK, w.wo)
 
     with jax.named_scope("feed_forward"):
         if fused:
-            h, x = add_norm(h, attn, w.ffn_norm, config.norm_eps)
-        else:
-            h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
-            x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
+            h, x = sum_norm(h, attn, w.ffn_norm)
+            return h, pages, feed_forward(x, w.w13, w.w2)
+        attn = probe("attn_wo", jax.lax.psum(attn, MODEL))
+        h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
+        x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
         down = probe("down", jax.lax.psum(feed_forward(x, w.w13, w.w2, probe), MODEL))
-        if fused:
-            return h, pages, down
         return probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2)), pages, None
 
 

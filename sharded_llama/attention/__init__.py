@@ -13,7 +13,7 @@ from ..kv_cache import KVPages
 from ..sharding import kv_head_layout
 from . import cudnn, paged_tpu
 from .paged import paged_attn_blockwise, paged_attn_reference
-from .paged_gpu import MIN_TILE, paged_attn_gpu
+from .paged_gpu import MIN_TILE, paged_attn_gpu, paged_rows_gpu
 from .reference import attention_weights, blockwise_attn, grouped_query_attn
 
 # "gpu": cuDNN for whole sequences and our kernel over pages; "tpu": a kernel over pages.
@@ -120,6 +120,8 @@ def attend_pages(
         # Where a token stands in its run must not change a bit: the GPU kernel splits at fixed positions.
         kernel = functools.partial(paged_attn_gpu, fixed_splits=True) if backend == "gpu" else kernel
         return kernel(q_THK[runs.token_RL], pages, tables_RW, start_R)[runs.run_T, runs.place_T]
+    if backend == "gpu":
+        return paged_rows_gpu(q_THK, pages, tables_RW, start_R, n_single)
     n_rows = start_R.shape[0]
     parts = []
     if n_single:

@@ -17,7 +17,7 @@ from ..layers import dot
 from ..sharding import DATA, MODEL
 
 BLOCK = 128  # cached positions that are scored at a time
-KERNEL_BLOCK = 512  # the same, of a kernel that leaves out what is not live
+KERNEL_BLOCK = 256  # the same, of a kernel that leaves out what is not live
 KEPT = 2048
 # Below every score, and finite: no difference of peaks is NaN.
 NOTHING = -1e30

@@ -64,6 +64,7 @@ class _Sizes(NamedTuple):
     n_tiles: int
     n_splits: int
     fixed_splits: bool
+    first: int  # token of q that is the first row's first
 
     @property
     def group(self) -> int:
@@ -98,15 +99,58 @@ def paged_attn_gpu(
     Returns (B, L, H, K) in q's dtype. What stands in pages where no query looks is not touched. Raises ConfigError for
     a pool that the kernel cannot address.
     """
-    batch, length, heads, width = q_BLHK.shape
-    n_pages, page_size = pages.kv_NPGK.shape[:2]
-    kv_heads = pages.kv_NPGK.shape[2] // 2
+    length, heads, width = q_BLHK.shape[1:]
     _check_addressable(pages)
-    queries = length * heads // kv_heads
-    tuning = tuning or _choose_tuning(q_BLHK.dtype, pages.kv_NPGK.dtype, queries)
+    tuning = tuning or _choose_tuning(q_BLHK.dtype, pages.kv_NPGK.dtype, length * heads * 2 // pages.kv_NPGK.shape[2])
+    settings = {"fixed_splits": fixed_splits, "tuning": tuning, "interpret": interpret}
+    q_QK = q_BLHK.reshape(-1, width)
+    return _attend_rows(q_QK, pages, tables_BW, start_B, heads, length, n_splits, **settings).reshape(q_BLHK.shape)
+
+
+def paged_rows_gpu(
+    q_THK: jax.Array, pages: KVPages, tables_RW: jax.Array, start_R: jax.Array, n_single: int, interpret: bool = False
+) -> jax.Array:
+    """`paged_attn_gpu` of `n_single` rows of one token and rows of several, with no result moved: (T, H, K)."""
+    _check_addressable(pages)
+    heads, width = q_THK.shape[1:]
+    q_QK, out_QK = q_THK.reshape(-1, width), None
+    for first, last in ((0, n_single), (n_single, start_R.shape[0])):
+        if first == last:
+            continue
+        length = (q_THK.shape[0] - n_single) // (last - first) if first == n_single else 1
+        queries = length * heads * 2 // pages.kv_NPGK.shape[2]
+        tuning = _choose_tuning(q_THK.dtype, pages.kv_NPGK.dtype, queries)
+        rows = tables_RW[first:last], start_R[first:last]
+        out_QK = _attend_rows(
+            q_QK, pages, *rows, heads, length, tuning=tuning, first=first, into_QK=out_QK, interpret=interpret
+        )
+    return out_QK.reshape(q_THK.shape)
+
+
+def _attend_rows(
+    q_QK: jax.Array,
+    pages: KVPages,
+    tables_BW: jax.Array,
+    start_B: jax.Array,
+    heads: int,
+    length: int,
+    n_splits: int | None = None,
+    *,
+    tuning: Tuning,
+    fixed_splits: bool = False,
+    first: int = 0,
+    into_QK: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of B rows of `length` tokens each, of which the first is token `first` of q: an array like q.
+
+    Other tokens' places are left as they are in `into_QK`, which is used up.
+    """
+    n_pages, page_size = pages.kv_NPGK.shape[:2]
+    (batch, table), width, kv_heads = tables_BW.shape, q_QK.shape[-1], pages.kv_NPGK.shape[2] // 2
+    queries, capacity = length * heads // kv_heads, table * page_size
     tile = min(tuning.tile, _power_of_two(queries))
     n_tiles = pl.cdiv(queries, tile)
-    capacity = tables_BW.shape[1] * page_size
     block = min(tuning.block, _power_of_two(capacity))
     if n_splits is None:
         n_splits = _choose_splits(batch * kv_heads * n_tiles, pl.cdiv(capacity, block))
@@ -118,59 +162,61 @@ def paged_attn_gpu(
         width=width,
         n_pages=n_pages,
         page_size=page_size,
-        table=tables_BW.shape[1],
+        table=table,
         block=block,
         tile=tile,
         n_tiles=n_tiles,
         n_splits=n_splits,
         fixed_splits=fixed_splits,
+        first=first,
     )
 
     # Flat views, so that one product makes an offset. They are free: all of this is contiguous.
-    n_rows = batch * length * heads
-    if n_splits == 1:
-        out_shape = (jax.ShapeDtypeStruct((n_rows, width), q_BLHK.dtype),)
-    else:
-        part = jax.ShapeDtypeStruct((n_splits * n_rows,), jnp.float32)
-        out_shape = (part, part, jax.ShapeDtypeStruct((n_splits * n_rows, width), jnp.float32))
-    parts = pl.pallas_call(
-        functools.partial(_attend, sizes=sizes),
-        # The kv heads of a row come first: they read neighbouring memory at about the same time.
-        grid=(kv_heads, n_tiles * n_splits, batch),
-        out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
-        interpret=interpret,
-        name="paged_attention",
-    )(
-        q_BLHK.reshape(n_rows, width),
+    out = jax.ShapeDtypeStruct(q_QK.shape, q_QK.dtype)
+    given = () if into_QK is None else (into_QK,)
+    out_shape, n_parts = (out,), n_splits * batch * length * heads
+    if n_splits > 1:
+        part = jax.ShapeDtypeStruct((n_parts,), jnp.float32)
+        out_shape = (part, part, jax.ShapeDtypeStruct((n_parts, width), jnp.float32))
+    in_place = {0: 0} if given else {}
+    args = (
+        q_QK,
         pages.kv_NPGK.reshape(-1, width),
         None if pages.scale_NPG is None else pages.scale_NPG.reshape(-1),
         tables_BW.reshape(-1),
         start_B,
     )
+    parts = pl.pallas_call(
+        functools.partial(_attend, sizes=sizes, n_given=len(given) if n_splits == 1 else 0),
+        # The kv heads of a row come first: they read neighbouring memory at about the same time.
+        grid=(kv_heads, n_tiles * n_splits, batch),
+        out_shape=out_shape,
+        input_output_aliases=in_place if n_splits == 1 else {},
+        compiler_params=plgpu.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
+        interpret=interpret,
+        name="paged_attention",
+    )(*(given if n_splits == 1 else ()), *args)
     if n_splits == 1:
-        return parts[0].reshape(q_BLHK.shape)
-    merged = pl.pallas_call(
-        functools.partial(_merge, sizes=sizes),
-        grid=(n_rows,),
-        out_shape=jax.ShapeDtypeStruct((n_rows, width), q_BLHK.dtype),
+        return parts[0]
+    return pl.pallas_call(
+        functools.partial(_merge, sizes=sizes, n_given=len(given)),
+        grid=(batch * length * heads,),
+        out_shape=out,
+        input_output_aliases=in_place,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="paged_attention_merge",
-    )(*parts, start_B)
-    return merged.reshape(q_BLHK.shape)
+    )(*given, *parts, start_B)
 
 
-def _attend(
-    q_ref: jax.Ref,  # (B * L * H, K)
-    kv_ref: jax.Ref,  # (N * P * 2G, K)
-    scale_ref: jax.Ref | None,  # (N * P * 2G,)
-    table_ref: jax.Ref,  # (B * W,)
-    start_ref: jax.Ref,  # (B,)
-    *out_refs: jax.Ref,  # the result, like q; or peak, denominator and weighted sum of every split, one after the other
-    sizes: _Sizes,
-) -> None:
-    """One program: kv head x (tile of queries, split of positions) x row."""
+def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
+    """One program: kv head x (tile of queries, split of positions) x row.
+
+    References: the result itself where it is given, q (T * H, K), pages (N * P * 2G, K), their scales (N * P * 2G,) or
+    None, tables (B * W,), starts (B,); then the result, or peak, denominator and weighted sum of every split, one split
+    after the other.
+    """
+    q_ref, kv_ref, scale_ref, table_ref, start_ref, *out_refs = refs[n_given:]
     head, row = pl.program_id(0), pl.program_id(2)
     tile, split = lax.div(pl.program_id(1), sizes.n_splits), lax.rem(pl.program_id(1), sizes.n_splits)
     start = start_ref[row]
@@ -181,13 +227,14 @@ def _attend(
     token_M = lax.div(query_M, sizes.group)
     position_M = start + token_M
     at_M = (row * sizes.length + token_M) * sizes.heads + head * sizes.group + lax.rem(query_M, sizes.group)
+    in_q_M = sizes.first * sizes.heads + at_M
     column_K = _iota(_power_of_two(sizes.width))
     is_query_M = token_M < sizes.length
     is_query_MK = _mask(is_query_M, column_K, sizes.width)
 
     @pl.when(first < last)
     def _() -> None:
-        q_MK = plgpu.load(q_ref.at[at_M[:, None], column_K[None]], mask=is_query_MK, other=0)
+        q_MK = plgpu.load(q_ref.at[in_q_M[:, None], column_K[None]], mask=is_query_MK, other=0)
         # float32 must not become TF32; half types have one precision.
         precision = lax.Precision.HIGHEST if q_MK.dtype == jnp.float32 else None
         # float16 has few exponents: probability times scale is brought to where they are. The largest scale, that of
@@ -237,7 +284,7 @@ def _attend(
         if sizes.n_splits == 1:
             (out_ref,) = out_refs
             out_MK = (weighted_MK / denominator_M[:, None]).astype(out_ref.dtype)
-            plgpu.store(out_ref.at[at_M[:, None], column_K[None]], out_MK, mask=is_query_MK)
+            plgpu.store(out_ref.at[in_q_M[:, None], column_K[None]], out_MK, mask=is_query_MK)
         else:
             peak_ref, denominator_ref, weighted_ref = out_refs
             part_M = split * (sizes.batch * sizes.length * sizes.heads) + at_M
@@ -267,16 +314,13 @@ def _mask(row_M: jax.Array, column_K: jax.Array, width: int) -> jax.Array:
     return row_M[:, None] & (column_K < width)[None]
 
 
-def _merge(
-    peak_ref: jax.Ref,  # (splits * B * L * H,), as are the denominators
-    denominator_ref: jax.Ref,
-    weighted_ref: jax.Ref,  # (splits * B * L * H, K)
-    start_ref: jax.Ref,  # (B,)
-    out_ref: jax.Ref,  # (B * L * H, K)
-    *,
-    sizes: _Sizes,
-) -> None:
-    """One program: the splits' parts of one query as its result."""
+def _merge(*refs: jax.Ref, sizes: _Sizes, n_given: int) -> None:
+    """One program: the splits' parts of one query as its result.
+
+    References: the result where it is given, peaks and denominators (splits * B * L * H,), weighted sums (the same, K),
+    starts (B,), the result.
+    """
+    peak_ref, denominator_ref, weighted_ref, start_ref, out_ref = refs[n_given:]
     at = pl.program_id(0)
     token, head = lax.div(at, sizes.heads), lax.rem(at, sizes.heads)
     row, token = lax.div(token, sizes.length), lax.rem(token, sizes.length)
@@ -294,7 +338,9 @@ def _merge(
     denominator = jnp.sum(plgpu.load(denominator_ref.at[at_S], mask=written_S, other=0) * part_S)
     weighted_SK = plgpu.load(weighted_ref.at[at_S[:, None], column_K[None]], mask=written_SK, other=0)
     out_K = jnp.sum(weighted_SK * part_S[:, None], axis=0) / denominator
-    plgpu.store(out_ref.at[at, column_K], out_K.astype(out_ref.dtype), mask=column_K < sizes.width)
+    plgpu.store(
+        out_ref.at[sizes.first * sizes.heads + at, column_K], out_K.astype(out_ref.dtype), mask=column_K < sizes.width
+    )
 
 
 def _choose_tuning(dtype: jnp.dtype, kv_dtype: jnp.dtype, queries: int) -> Tuning:

@@ -13,6 +13,7 @@ from ..sharding import DATA
 from .steps import StepShape
 
 BLOCK = 16  # tokens in a row of a prompt's chunk
+FEW_SLOTS = 16  # answers beside which a step of prompts does without rows for all
 # Defaults per data shard: on accelerators a decode step of 256 rows costs little more than one of 64; on CPUs every row
 # costs, and compiling for many shapes would take longer than the answers.
 ACCELERATOR = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
@@ -135,7 +136,8 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
     max_tokens = slots + max_blocks * BLOCK
     between = () if on_cpu else (2**i for i in (3, *range(5, 20)) if 2**i < slots)
     singles = sorted({1, *between, slots})
-    mixed_singles = sorted({slots if slots <= 16 else 1, slots})
+    # Prompts alone, beside a few answers, beside as many as there can be.
+    mixed_singles = sorted({*(() if on_cpu else (0,)), min(slots, FEW_SLOTS), slots})
     mixed_blocks = sorted({max_blocks // 8 or max_blocks, max_blocks})
     shapes = [StepShape(n, 0, 1) for n in singles]
     shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]

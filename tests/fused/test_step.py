@@ -38,8 +38,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(model, "choose_backend", lambda config, device, name: name)
     for name in ("add_norm", "rotate_write", "paged_scores"):
         monkeypatch.setattr(model, name, functools.partial(getattr(model, name), interpret=True))
-    monkeypatch.setattr(attention, "paged_attn_gpu", functools.partial(attention.paged_attn_gpu, interpret=True))
-    monkeypatch.setitem(attention._KERNELS, "gpu", attention.paged_attn_gpu)
+    monkeypatch.setattr(attention, "paged_rows_gpu", functools.partial(attention.paged_rows_gpu, interpret=True))
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
