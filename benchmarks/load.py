@@ -22,7 +22,7 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from benchmarks import record
+from sharded_llama.benchmark import record
 from sharded_llama.checkpoint import FORMATS, CheckpointSource, ExportFormat, TensorInfo, convert, open_checkpoint
 from sharded_llama.checkpoint.layout import canonical_shapes
 from sharded_llama.checkpoint.reader import THREADS, read_weights
@@ -37,7 +37,7 @@ MESHES = flags.DEFINE_string("meshes", "data:1,model:1", "Meshes to load into, s
 SIMULATE = flags.DEFINE_integer("simulate_devices", 0, "Simulated CPU devices.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; each times the plain reads and the loads in turn.")
 NAME = flags.DEFINE_string("name", "load", "Name of the result.")
-OUT = flags.DEFINE_string("out", None, "Folder of the result; default: benchmarks/results.")
+OUT = flags.DEFINE_string("out", "benchmarks/results", "Folder of the result.")
 flags.mark_flags_as_required(["config", "folder"])
 
 BLOCK_BYTES = 16 << 20

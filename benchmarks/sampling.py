@@ -22,6 +22,7 @@ from absl import flags
 
 from benchmarks import engine as base
 from launch import common
+from sharded_llama.benchmark import steady
 from sharded_llama.engine.llm import LLM
 from sharded_llama.errors import ConfigError
 from sharded_llama.sampling import SamplingParams
@@ -77,7 +78,7 @@ def constrained(model: LLM, results: list[base.Row], rng: np.random.Generator) -
             for name, params in {"none": [plain] * batch, "some": [bound] * n + [plain] * (batch - n)}.items():
                 with base.decoding(llm.engine, batch, rng, params) as last:
                     n_steps = last[0].n_steps
-                    seconds, _ = base.timed_steps(llm.engine, steps, steps * batch * n_steps)
+                    seconds, _ = steady.timed_steps(llm.engine, steps, steps * batch * n_steps)
                 ms[name] = 1e3 * seconds / (steps * n_steps)
             row = {"what": "constrained", "batch": batch, "constrained": n, "plain_ms": ms["none"], "ms": ms["some"]}
             base.report(results, row | {"speed_kept": ms["none"] / ms["some"]})

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
 
-from benchmarks import record
+from sharded_llama.benchmark import record
 from sharded_llama.engine.scheduler import Scheduler, SchedulerConfig
 from sharded_llama.engine.sequence import Sequence
 
@@ -29,7 +29,7 @@ PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of a prompt.")
 GENERATE = flags.DEFINE_integer("generate", 256, "Tokens that a sequence generates.")
 STEPS = flags.DEFINE_integer("steps", 2000, "Timed steps, after as many as it takes to fill the slots.")
 NAME = flags.DEFINE_string("name", "scheduler_cpu", "Name of the result.")
-OUT = flags.DEFINE_string("out", None, "Folder of the result; default: benchmarks/results.")
+OUT = flags.DEFINE_string("out", "benchmarks/results", "Folder of the result.")
 
 
 def config_of(n_shards: int, page_size: int = 16) -> SchedulerConfig:

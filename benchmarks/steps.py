@@ -20,8 +20,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from benchmarks import record
 from sharded_llama.attention import choose_backend
+from sharded_llama.benchmark import record
 from sharded_llama.config import LlamaConfig
 from sharded_llama.engine.options import ACCELERATOR, BLOCK, Sizes, pages_per_sequence
 from sharded_llama.engine.runner import Runner, Work
@@ -45,7 +45,7 @@ RECOMPUTE = flags.DEFINE_integer(
 )
 STEPS = flags.DEFINE_integer("steps", 64, "Timed decode steps.")
 NAME = flags.DEFINE_string("name", "steps", "Name of the result.")
-OUT = flags.DEFINE_string("out", None, "Folder of the result; default: benchmarks/results.")
+OUT = flags.DEFINE_string("out", "benchmarks/results", "Folder of the result.")
 flags.mark_flag_as_required("config")
 flags.register_validator("recompute", lambda n: n == 0 or n >= 2, "must be 0 or at least 2")
 

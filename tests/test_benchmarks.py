@@ -102,7 +102,7 @@ def test_steps(tmp_path):
 def test_engine(tmp_path):
     flags = ["--simulate_devices=1", "--max_num_seqs=1", "--max_num_batched_tokens=17", "--deterministic"]
     flags += ["--batches=1", "--prompt=40", "--steps=3", "--pool_batch=1", "--pool_tokens=40,160", "--trials=2"]
-    flags += ["--workload=2x20x6", "--requests=3x20x5,1x10x4", f"--out={tmp_path}"]
+    flags += ["--workload=2x20x6", f"--out={tmp_path}"]
     status, stdout, stderr = run(tmp_path, "-m", "benchmarks.engine", *TINY, *flags)
     assert status == 0, stderr
     rows = results(tmp_path, "engine")
@@ -112,7 +112,7 @@ def test_engine(tmp_path):
         by_part.setdefault(row["what"], []).append(row)
 
     compilations = by_part.pop("compilations after start")
-    assert [row["count"] for row in compilations] == [0] * 5
+    assert [row["count"] for row in compilations] == [0] * 5, "overhead, two pools, two modes"
 
     (overhead,) = by_part.pop("overhead")
     assert overhead["engine_over_bare"] == overhead["engine_ms"] / overhead["bare_ms"]
@@ -130,16 +130,11 @@ def test_engine(tmp_path):
     assert (alike["trials"], alike["differing"], alike["differing_tokens"]) == (2, 0, 0)
     assert cost["cost_percent"] == 100 * (1 - alike["output_tokens_per_s"] / default["output_tokens_per_s"])
 
-    for row, (n, n_in, n_out) in zip(by_part.pop("throughput"), [(3, 20, 5), (1, 10, 4)], strict=True):
-        assert row["requests"] == f"{n}x{n_in}x{n_out}"
-        assert row["output_tokens_per_s"] == n * n_out / row["seconds"]
-        assert row["input_tokens_per_s"] == n * n_in / row["seconds"]
-        assert row["steps"] >= n * n_out, "one slot: no two requests in one step"
-
-    cold, warm = by_part.pop("startup")
-    assert (cold["cache"], warm["cache"]) == ("cold", "warm")
-    assert cold["executables"] == warm["executables"] > 0
-    assert min(cold["total_s"], warm["total_s"]) > 0
+    for row in (default, alike):
+        assert row["requests"] == "2x20x6"
+        assert row["output_tokens_per_s"] == pytest.approx(2 * 6 / row["seconds"])
+        assert row["input_tokens_per_s"] == pytest.approx(2 * 20 / row["seconds"])
+        assert row["steps"] >= 2 * 6, "one slot: no two requests in one step"
     assert not by_part
 
 
@@ -147,7 +142,7 @@ def test_engine(tmp_path):
     ("flag", "message"),
     [
         ("--parts=overhead,speed", "--parts=speed: choose among overhead, pool"),
-        ("--requests=256x1000", "'256x1000' is not NxINxOUT"),
+        ("--workload=256x1000", "--workload: '256x1000' is not NxINxOUT"),
         ("--batches=0", "--batches=0: expected whole numbers above 0"),
     ],
 )

@@ -9,7 +9,7 @@ import dataclasses
 import operator
 import secrets
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from typing import NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ from .lockstep import Lockstep
 from .memory import plan_pages
 from .options import EngineOptions, check_options, modes_of, pages_per_sequence, sizes_of
 from .packing import Packed, Packer, ScoredRows, SequenceSampling
-from .runner import Runner, Work
+from .runner import Executables, Runner, Work
 from .scheduler import Scheduler, SchedulerConfig, SchedulerStats
 from .sequence import Sequence
 
@@ -74,18 +74,24 @@ class Engine:
         self,
         config: LlamaConfig,
         mesh: Mesh,
-        weights: XfmrWeights,
+        weights: XfmrWeights | None,
         options: EngineOptions | None = None,
         *,
         attention: str | None = None,
         tokenizer: Tokenizer | None = None,
-        draft: tuple[LlamaConfig, XfmrWeights] | None = None,
+        draft: tuple[LlamaConfig, XfmrWeights | None] | None = None,
+        expected_bytes: int | None = None,
+        ahead: bool = False,
     ):
         """Computes how many pages the memory holds and makes the cache.
 
-        Steps are compiled when they are first needed, or all of them before by `compile`. The tokenizer is for requests
-        that say in text what an answer must have or must not. `draft` is a smaller model of the same vocabulary on the
-        same mesh, which guesses tokens ahead (options.num_speculative_tokens).
+        Steps are compiled when they are first needed, or all of them before by `compile`, of which `ahead` lets this
+        do a part. The tokenizer is for requests that say in text what an answer must have or must not. `draft` is a
+        smaller model of the same vocabulary on the same mesh, which guesses tokens ahead
+        (options.num_speculative_tokens).
+
+        Weights that are None are on their way, and `load` brings them before the first step. `expected_bytes`: see
+        `plan_pages`.
 
         Raises ConfigError for options that contradict the model, the mesh or its memory.
         """
@@ -95,9 +101,18 @@ class Engine:
         self.config, self.mesh, self.options = config, mesh, options
         backend = choose_backend(config, mesh.devices.flat[0], attention)
         self.sizes = sizes_of(options, mesh, run_length(backend, config, mesh.shape[MODEL]))
-        start = time.perf_counter()
-        budget = plan_pages(config, mesh, backend, options, self.sizes, None if draft is None else draft[0])
-        logging.info("memory plan: %.1f s", time.perf_counter() - start)
+        executables: Executables = {}
+        budget = plan_pages(
+            config,
+            mesh,
+            backend,
+            options,
+            self.sizes,
+            None if draft is None else draft[0],
+            expected_bytes=expected_bytes,
+            ahead=ahead,
+            executables=executables,
+        )
         self.max_model_len = budget.max_model_len
         sizes = {
             "sizes": self.sizes,
@@ -105,8 +120,9 @@ class Engine:
             "table_width": pages_per_sequence(budget.max_model_len),
             "kv_dtype": options.kv_cache_dtype,
         }
-        self.runner = Runner(config, mesh, weights, backend=backend, modes=modes_of(options), **sizes)
-        self.runner.start()
+        self.runner = Runner(
+            config, mesh, weights, backend=backend, modes=modes_of(options), executables=executables, **sizes
+        )
         n_shards = mesh.shape[DATA]
         self._tokenizer = tokenizer
         self._grammars: GrammarCompiler | None = None
@@ -119,7 +135,6 @@ class Engine:
         if draft is not None:
             of_draft = choose_backend(draft[0], mesh.devices.flat[0], None)
             self._draft_runner = Runner(draft[0], mesh, draft[1], backend=of_draft, **sizes)
-            self._draft_runner.start()
             self._drafter = ModelDrafter(
                 options, self._packer, lambda work: self._execute(work._replace(for_draft=True))
             )
@@ -144,6 +159,14 @@ class Engine:
         self._dead: str | None = None
         self._seed = secrets.randbits(63) if options.seed is None else options.seed
         self.seconds = StepSeconds()
+        if weights is not None:
+            self.load(weights, None if draft is None else draft[1])
+
+    def load(self, weights: XfmrWeights, draft: XfmrWeights | None = None) -> None:
+        """Takes the models' weights, where they were still on their way, and makes the cache."""
+        for runner, of_model in zip(self._runners, (weights, draft), strict=False):
+            runner.weights = of_model
+            runner.start()
 
     def add_request(self, request_id: str, prompt: Seq[int], params: SamplingParams, *, priority: int = 0) -> None:
         """Takes a request; smaller `priority` first, then by arrival. Its tokens come from `step`.
@@ -225,11 +248,14 @@ class Engine:
             raise RequestError("structured_outputs needs a tokenizer, and the model was loaded without one.")
         return self._grammars.compile(params.structured_outputs)
 
-    def compile(self, progress: bool = True) -> None:
-        """Compiles every step that can be needed, so that nothing is compiled while serving."""
-        self.runner.compile_all(progress)
+    def compile(self, progress: bool = True, check: Callable[[], None] = lambda: None) -> None:
+        """Compiles every step that can be needed, so that nothing is compiled while serving.
+
+        check: called after each; what it raises ends the compiling.
+        """
+        self.runner.compile_all(progress, check=check)
         if self._draft_runner is not None:
-            self._draft_runner.compile_all(progress, drafts=self.options.num_speculative_tokens + 1)
+            self._draft_runner.compile_all(progress, self.options.num_speculative_tokens + 1, check)
 
     def check_prompt(self, prompt: Seq[int]) -> list[int]:
         """The prompt as a list. Raises RequestError when it can never be served."""

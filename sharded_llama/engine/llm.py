@@ -24,10 +24,24 @@ from ..model import xfmr
 from ..sampling import SamplingParams
 from ..sharding import DATA, put
 from ..tokenizer.chat import ChatTemplate, SpecialTokens, encode_chat, special_tokens
-from ..weights import init_weights
+from ..weights import XfmrWeights, init_weights
+from .compilation import (
+    COMPILE_THREADS,
+    COMPILING,
+    OPENING,
+    PAGES,
+    PLANNING,
+    WAITING,
+    CompileCounter,
+    Phases,
+    no_garbage_collection,
+    tell,
+    use_compilation_cache,
+)
 from .deltas import TokenDelta
 from .engine import Engine
-from .loading import LoadedModel, check_dtype, encode_text, open_draft, open_model
+from .loading import LoadedModel, Loading, check_dtype, encode_text, open_draft, open_model
+from .memory import expected_in_use
 from .options import EngineOptions, check_options
 from .outputs import Answers, Prompt, RequestOutput, StreamEvent, from_plain, to_plain
 
@@ -88,8 +102,9 @@ class Stream:
 class LLM:
     """A model in its mesh, ready to answer.
 
-    The engine under it, with its cache, is made by `start`, or when the first answer is asked for; comparing, scoring
-    and saving a model do without.
+    Its weights are read in the background, while `start` compiles; whatever needs them waits. The engine, with its
+    cache, is made by `start`, or when the first answer is asked for; comparing, scoring and saving a model do without.
+    `phases` are the seconds that this took.
     """
 
     def __init__(
@@ -106,35 +121,48 @@ class LLM:
         progress: bool = True,
         **options: Any,
     ):
-        """Loads the model (see `open_model`). `options` are those of `EngineOptions`, such as max_model_len=8192.
+        """Opens the model (see `open_model`) and begins to load it.
 
-        `chat_template` replaces the checkpoint's. `draft_model` is a smaller one with the same tokenizer, which guesses
-        num_speculative_tokens at a time; it is loaded on the same mesh, in `dtype` or its checkpoint's. Raises
-        CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong, before weights are read where
-        it can be known.
+        `options` are those of `EngineOptions`, such as max_model_len=8192. `chat_template` replaces the checkpoint's.
+        `draft_model` is a smaller one with the same tokenizer, which guesses num_speculative_tokens at a time; it is
+        loaded on the same mesh, in `dtype` or its checkpoint's.
+
+        Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong. What can only be seen by
+        reading the weights is raised by the first method that needs them, as CheckpointError. In a run of several
+        processes they are read here.
         """
-        self.options = EngineOptions.make(**options)
-        opened = checkpoint
-        if not isinstance(checkpoint, LoadedModel):
-            opened = open_model(
-                checkpoint,
-                mesh=mesh,
-                dtype=dtype,
-                attention=attention,
-                rope_factor=rope_factor,
-                skip_tokenizer=skip_tokenizer,
-            )
-        draft = None if draft_model is None else open_draft(draft_model, opened, dtype)
-        check_options(self.options, opened.config, draft and draft.config)
-        model = opened if isinstance(opened, LoadedModel) else opened.load(progress)
-        self.draft = draft if draft is None or isinstance(draft, LoadedModel) else draft.load(progress)
-        check_dtype(model.config)
-        self.config, self.mesh, self.weights, self.tokenizer = model.config, model.mesh, model.weights, model.tokenizer
-        self.sampling_defaults = model.sampling_defaults or {"temperature": 0.0}
-        self.chat_template = chat_template or model.chat_template
-        self.backend = choose_backend(self.config, self.mesh.devices.flat[0], attention)
-        self.progress = progress
+        self.phases = Phases()
+        with self.phases.of(OPENING):
+            self.options = EngineOptions.make(**options)
+            model = checkpoint
+            if not isinstance(checkpoint, LoadedModel):
+                model = open_model(
+                    checkpoint,
+                    mesh=mesh,
+                    dtype=dtype,
+                    attention=attention,
+                    rope_factor=rope_factor,
+                    skip_tokenizer=skip_tokenizer,
+                )
+            draft = None if draft_model is None else open_draft(draft_model, model, dtype)
+            check_options(self.options, model.config, draft and draft.config)
+            check_dtype(model.config)
+            self.config, self.mesh, self.tokenizer = model.config, model.mesh, model.tokenizer
+            self.sampling_defaults = model.sampling_defaults or {"temperature": 0.0}
+            self.chat_template = chat_template or model.chat_template
+            self.backend = choose_backend(self.config, self.mesh.devices.flat[0], attention)
+            self.progress = progress
+            use_compilation_cache()
+        self._draft_config = draft and draft.config
+        models = [m for m in (model, draft) if m is not None]
+        opened = [m.config for m in models if not isinstance(m, LoadedModel)]
+        self._expected_bytes = expected_in_use(self.mesh, opened) if opened else None
+        self._loading = Loading(models, progress)
+        if jax.process_count() > 1:  # all processes do the same in the same order
+            with self.phases.of(WAITING):
+                self._loading.result()
         self._engine: Engine | None = None
+        self._engine_waits = False  # for weights
         self._mailboxes: dict[str, _Mailbox] = {}  # of every run under way, by request
         self._n_requests = 0
         self._open_run: Stream | None = None
@@ -164,31 +192,72 @@ class LLM:
             same["num_speculative_tokens"] = self.options.num_speculative_tokens
         return LLM(model, **same | options)
 
+    @functools.cached_property
+    def weights(self) -> XfmrWeights:
+        """The model's, when they are there. Raises CheckpointError where they cannot be read."""
+        return self._loading.result()[0].weights
+
+    @property
+    def draft(self) -> LoadedModel | None:
+        """The model that guesses, if there is one, when its weights are there. Raises as `weights`."""
+        return None if self._draft_config is None else self._loading.result()[1]
+
     @property
     def engine(self) -> Engine:
-        """The engine, made now if it is not there yet."""
+        """The engine, made now if it is not there yet, with the weights. Raises as `weights`."""
         if self._engine is None:
-            self._engine = Engine(
-                self.config,
-                self.mesh,
-                self.weights,
-                self.options,
-                attention=self.backend,
-                tokenizer=self.tokenizer,
-                draft=self.draft and (self.draft.config, self.draft.weights),
-            )
+            self._engine = self._new_engine(ahead=False)
+        if self._engine_waits:
+            self._engine.load(self.weights, self.draft and self.draft.weights)
+            self._engine_waits = False
         return self._engine
+
+    def _new_engine(self, ahead: bool) -> Engine:
+        """An engine that knows how much it has room for; with weights if they are there."""
+        waits = self._engine_waits = not self._loading.is_done
+        return Engine(
+            self.config,
+            self.mesh,
+            None if waits else self.weights,
+            self.options,
+            attention=self.backend,
+            tokenizer=self.tokenizer,
+            draft=self._draft_config and (self._draft_config, None if waits else self.draft.weights),
+            expected_bytes=self._expected_bytes,
+            ahead=ahead,
+        )
 
     def start(self) -> None:
         """Makes the engine and compiles every step that can be needed, so that nothing is compiled while it answers.
 
-        Without it a step is compiled when it is first needed: sooner done for a single answer. Raises ConfigError,
-        saying what would fit, when the memory is too small.
+        Without it a step is compiled when it is first needed: sooner done for a single answer. `phases` say where the
+        time went. Raises ConfigError, saying what would fit, when the memory is too small, and CheckpointError for
+        weights that cannot be read; nothing goes on in the background then.
         """
-        self.engine.compile(self.progress)
+        try:
+            with CompileCounter(COMPILE_THREADS) as counter, no_garbage_collection():
+                if self._engine is None:
+                    with self.phases.of(PLANNING):
+                        self._engine = self._new_engine(ahead=True)
+                with self.phases.of(COMPILING):
+                    self._engine.compile(self.progress, self._loading.check)
+            with self.phases.of(WAITING):
+                self._loading.result()
+            with self.phases.of(PAGES):
+                jax.block_until_ready(self.engine.runner.state)
+        except BaseException:
+            self._loading.stop()
+            raise
+        self.phases.weights_s = self._loading.seconds
+        self.phases.n_compiled += counter.count
+        self.phases.n_cached += counter.cached
+        tell("%s", self.phases.line())
 
     def shutdown(self) -> None:
-        """Frees the cache. The weights stay; what asks for an answer after that raises EngineError."""
+        """Frees the cache, and ends the reading of weights. Weights that are there stay; what asks for an answer after
+        that raises EngineError."""
+        self._loading.stop()
+        self._engine_waits = False
         if self._engine is not None:
             self._engine.shutdown()
 

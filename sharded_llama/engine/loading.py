@@ -1,25 +1,32 @@
-"""From the name of a checkpoint to a model in its mesh."""
+"""From the name of a checkpoint to a model in its mesh, while the caller waits or meanwhile."""
 
+import concurrent.futures
 import dataclasses
 import os
+import threading
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
+import numpy as np
 from jax.sharding import Mesh
 
 from ..attention import choose_backend
-from ..checkpoint import CheckpointSource, hub, load_weights, open_checkpoint
+from ..checkpoint import CheckpointSource, TensorInfo, hub, load_weights, open_checkpoint
+from ..checkpoint.reader import check_tensors
 from ..config import LlamaConfig
-from ..errors import CheckpointError, ConfigError, MeshError, RequestError, TokenizerError
+from ..errors import CheckpointError, ConfigError, EngineError, MeshError, RequestError, TokenizerError
 from ..hf_config import read_generation_config
 from ..mesh import check_mesh, default_mesh
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..tokenizer.chat import ChatTemplate, load_chat_template
 from ..weights import XfmrWeights
+from .compilation import tell
 
+LOADING_THREAD = "weights"  # how its name begins
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_checkpoint"
 # Tokenizers that give this the same ids are taken to be the same: words, code, numbers, spaces, several scripts.
 MIXED_TEXT = "Hello there, world's 12345.67\n\tdef f(x):\n    return x**2  # naïve Straße Привет 你好 かな 🙂"
@@ -51,10 +58,106 @@ class OpenedModel:
     def load(self, progress: bool = True) -> LoadedModel:
         """Reads the weights straight into their shards. Raises CheckpointError naming what is wrong."""
         start = time.perf_counter()
-        weights = load_weights(self.source, self.config, mesh=self.mesh, progress=progress)
-        logging.info("weights: %.1f s", time.perf_counter() - start)
-        logging.info("mesh data:%d,model:%d, %s", *self.mesh.shape.values(), self.config.dtype)
+        weights = jax.block_until_ready(load_weights(self.source, self.config, mesh=self.mesh, progress=progress))
+        tell("weights: %.1f s", time.perf_counter() - start)
+        tell("mesh data:%d,model:%d, %s", *self.mesh.shape.values(), self.config.dtype)
         return LoadedModel(self.config, self.mesh, weights, self.tokenizer, self.sampling_defaults, self.chat_template)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stoppable:
+    """A `CheckpointSource` whose reads fail as soon as `stopping` is set."""
+
+    source: CheckpointSource
+    stopping: threading.Event
+
+    @property
+    def format(self) -> str:
+        return self.source.format
+
+    @property
+    def location(self) -> str:
+        return self.source.location
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.source.tensors
+
+    def read_config(self) -> LlamaConfig:
+        return self.source.read_config()
+
+    def stored_name(self, name: str) -> str:
+        return self.source.stored_name(name)
+
+    def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
+        if self.stopping.is_set():
+            raise EngineError(f"{self.location}: reading the weights was stopped.")
+        return self.source.read(name, slices, out)
+
+
+class Loading:
+    """Models whose weights a thread of its own reads, one after the other, while the caller does something else.
+
+    The thread ends with the last of them, with the first error, or by `stop`.
+    """
+
+    def __init__(self, models: Sequence[OpenedModel | LoadedModel], progress: bool = True):
+        """Begins with those that are not loaded yet."""
+        self.seconds = 0.0  # of reading, so far
+        self._models, self._progress = tuple(models), progress
+        self._begin()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is being read any more."""
+        return self._loaded.done()
+
+    def check(self) -> None:
+        """Raises the error that has ended the reading, if there was one; does not wait."""
+        if self.is_done:
+            self.result()
+
+    def result(self) -> list[LoadedModel]:
+        """All of the models with their weights, when they are there. What was stopped is begun again.
+
+        Raises CheckpointError naming what is wrong with them. Reading stops when the wait is interrupted.
+        """
+        if self._stopping.is_set():
+            self._begin()
+        try:
+            return self._loaded.result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends reading and its thread, if they have not ended already."""
+        if not self.is_done:
+            self._stopping.set()
+            concurrent.futures.wait([self._loaded])
+
+    def _begin(self) -> None:
+        self._stopping = threading.Event()
+        if all(isinstance(model, LoadedModel) for model in self._models):
+            self._loaded: Future[list[LoadedModel]] = Future()
+            self._loaded.set_result(list(self._models))
+            return
+        thread = ThreadPoolExecutor(1, thread_name_prefix=LOADING_THREAD)
+        # JAX's settings are each thread's own; this is the one that matters.
+        self._loaded = thread.submit(self._load, self._stopping, jax.config.jax_enable_x64)
+        thread.shutdown(wait=False)
+
+    def _load(self, stopping: threading.Event, x64: bool) -> list[LoadedModel]:
+        loaded = []
+        with jax.enable_x64(x64):
+            for model in self._models:
+                start = time.perf_counter()
+                if isinstance(model, OpenedModel):
+                    source = _Stoppable(model.source, stopping)
+                    model = dataclasses.replace(model, source=source).load(self._progress)
+                loaded.append(model)
+                self.seconds += time.perf_counter() - start
+        return loaded
 
 
 def load_model(checkpoint: str | Path | CheckpointSource, *, progress: bool = True, **how: Any) -> LoadedModel:
@@ -89,7 +192,6 @@ def open_model(
 
     Raises CheckpointError, ConfigError, MeshError or TokenizerError naming what is wrong.
     """
-    start = time.perf_counter()
     source = checkpoint
     if not isinstance(checkpoint, str | Path) and rope_factor is not None:
         raise ConfigError("rope_factor belongs to opening the checkpoint: open_checkpoint(folder, rope_factor=...).")
@@ -108,7 +210,7 @@ def open_model(
     defaults = read_generation_config(folder)
     if not defaults.pop("do_sample"):
         defaults = {"temperature": 0.0, **defaults}
-    logging.info("config and tokenizer: %.1f s", time.perf_counter() - start)
+    check_tensors(source, config)
     return OpenedModel(source, config, mesh, tokenizer, defaults, template)
 
 

@@ -16,12 +16,14 @@ from ..errors import ConfigError
 from ..kv_cache import PAGE_SIZE, KVPages, page_bytes
 from ..sharding import DATA
 from ..weights import abstract_weights
+from .compilation import tell
 from .options import EngineOptions, Sizes, modes_of, pages_per_sequence
-from .runner import Runner
+from .runner import Executables, Runner, device_bytes
 
 CPU_BYTES = 1 << 30  # of the cache over the whole mesh, where nothing else is said
 JAX_FRACTION = 0.75  # share of a GPU that JAX takes when the environment does not say otherwise
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # its newer and its older name
+LOADING_BYTES = 3 << 29  # at most, of parts of weights on their way to their places, and of gaps that they leave
 SPARE = 1.1  # temporaries are measured on a model of few layers; the whole one may order its steps a little differently
 
 
@@ -39,8 +41,20 @@ def plan_pages(
     options: EngineOptions,
     sizes: Sizes,
     draft: LlamaConfig | None = None,
+    *,
+    expected_bytes: int | None = None,
+    ahead: bool = False,
+    executables: Executables | None = None,
 ) -> PageBudget:
-    """What fits beside the weights, which are on the devices already. A page has room for both models' keys and values.
+    """What fits beside the weights. A page has room for both models' keys and values.
+
+    Args:
+      config, mesh, backend, options, sizes: of the engine.
+      draft: of the model that guesses.
+      expected_bytes: that are in use on each device when all weights are there (`expected_in_use`). Counted, they vary
+        from start to start, and by how much is read already. None: what is counted.
+      ahead: while a step is compiled to see what it takes, compile also all that needs no pages, for the engine.
+      executables: where to put of these what the engine's own Runner can use.
 
     Raises ConfigError, saying what would fit, when the memory cannot hold one sequence of `max_model_len`.
     """
@@ -53,8 +67,14 @@ def plan_pages(
         stats = device.memory_stats()
         on_accelerator = device.platform != "cpu" and stats and "bytes_limit" in stats
         if on_accelerator and options.kv_cache_bytes is None:
-            configs = [c for c in (config, draft) if c is not None]
-            free, origin = _free_on_accelerator(configs, mesh, backend, options, sizes, stats)
+            used = stats["bytes_in_use"]
+            if expected_bytes is not None:
+                used = max(expected_bytes, used - LOADING_BYTES)
+            temporaries = _temporary_bytes(config, mesh, backend, options, sizes, ahead, executables)
+            if draft is not None:
+                temporaries += _temporary_bytes(draft, mesh, backend, options, sizes)
+            free, origin = _free_on_accelerator(mesh, options, stats, used, int(SPARE * temporaries))
+            free = of_page * rounded_down(free // of_page)
         else:
             total = options.kv_cache_bytes or CPU_BYTES
             default = "" if options.kv_cache_bytes else " (the default)"
@@ -80,7 +100,7 @@ def plan_pages(
     if max_model_len < wanted_len:
         logging.warning("the cache holds sequences of %d tokens, fewer than the model's %d", max_model_len, wanted_len)
     data = mesh.shape[DATA]
-    logging.info(
+    tell(
         "cache: %d tokens (%d full-length sequences of %d) in %.2f GB per device, %s",
         data * fits,
         data * (n_pages // pages_per_sequence(max_model_len)),
@@ -92,12 +112,7 @@ def plan_pages(
 
 
 def _free_on_accelerator(
-    configs: Sequence[LlamaConfig],
-    mesh: Mesh,
-    backend: str,
-    options: EngineOptions,
-    sizes: Sizes,
-    stats: dict[str, int],
+    mesh: Mesh, options: EngineOptions, stats: dict[str, int], used: int, temporaries: int
 ) -> tuple[int, str]:
     """Bytes of a device that are left for pages, and in words where they come from."""
     limit, total = stats["bytes_limit"], stats["bytes_limit"]
@@ -110,14 +125,28 @@ def _free_on_accelerator(
             "starts (the launchers do); it is too late for this process.",
             *(options.memory_utilization, allowed / 1e9, limit / 1e9, FRACTION_VARIABLES[1]),
         )
-    used = stats["bytes_in_use"]
-    temporaries = int(SPARE * sum(_temporary_bytes(c, mesh, backend, options, sizes) for c in configs))
     free = min(allowed, limit) - used - temporaries
     origin = (
         f"of {min(allowed, limit) / 1e9:.1f} GB {used / 1e9:.1f} are in use and {temporaries / 1e9:.2f} kept for "
         "temporaries"
     )
     return max(0, free), origin
+
+
+def rounded_down(n_pages: int) -> int:
+    """A number of pages less at most a 128th: eight binary digits and zeros.
+
+    It is part of the steps' shapes. A few bytes more or less in use must not make them others than those that are
+    compiled already, on disk.
+    """
+    zeros = max(0, n_pages.bit_length() - 8)
+    return n_pages >> zeros << zeros
+
+
+def expected_in_use(mesh: Mesh, configs: Sequence[LlamaConfig]) -> int:
+    """Bytes that will be in use on each device when the weights of these models will have been loaded too."""
+    weights = sum(device_bytes(abstract_weights(config, mesh)) for config in configs)
+    return max(map(_bytes_in_use, mesh.local_devices)) + weights
 
 
 def _bytes_in_use(device: jax.Device) -> int:
@@ -130,7 +159,15 @@ def given_fraction() -> float | None:
     return None if given is None else float(given)
 
 
-def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: EngineOptions, sizes: Sizes) -> int:
+def _temporary_bytes(
+    config: LlamaConfig,
+    mesh: Mesh,
+    backend: str,
+    options: EngineOptions,
+    sizes: Sizes,
+    ahead: bool = False,
+    executables: Executables | None = None,
+) -> int:
     """What the largest step takes beside weights and pages, by compiling it for a model of two layers.
 
     One layer's temporaries are free again when the next one starts, so that more layers do not need more.
@@ -148,5 +185,7 @@ def _temporary_bytes(config: LlamaConfig, mesh: Mesh, backend: str, options: Eng
         kv_dtype=options.kv_cache_dtype,
         modes=modes_of(options),
     )
-    trial.compile_largest()
-    return trial.other_bytes()
+    most = trial.compile_largest(ahead)
+    if executables is not None:
+        executables |= trial.without_pages()
+    return most

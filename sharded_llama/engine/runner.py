@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ..sampling import Mode, Sampled
 from ..sampling.slots import KNOWN_TOKENS, SlotSampling, abstract_slots, new_slots, pack_slot
 from ..sharding import DATA, named_sharding, put
 from ..weights import XfmrWeights, abstract_weights
+from .compilation import COMPILE_THREADS, tell
 from .options import Sizes
 from .steps import (
     Column,
@@ -37,8 +39,15 @@ from .steps import (
 
 TABLE_CHANGES, PAGE_COPIES = 256, 16  # entries of each data shard that one call changes
 SLOT_CHANGES = 8  # slots of each data shard that one call sets; or all of them
+WITHOUT_PAGES = {"choose", "change_slots", "count_known", "new_slots"}  # what knows nothing of pages and layers
 # XLA's loops ask the host after every round unless they are part of a CUDA graph, which they are not by default.
 LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE"}
+# From so many rows on products by cuBLAS are faster than those that XLA generates, and sooner compiled.
+MANY_TOKENS = 64
+CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
+
+Executables = dict[tuple, Any]  # by what they do, in which shape and mode
+Job = tuple[Any, ...]  # a Runner's method that compiles, and what it is called with
 
 
 class Work(NamedTuple):
@@ -68,7 +77,7 @@ class Runner:
         self,
         config: LlamaConfig,
         mesh: Mesh,
-        weights: XfmrWeights,
+        weights: XfmrWeights | None,
         *,
         backend: str,
         sizes: Sizes,
@@ -76,11 +85,13 @@ class Runner:
         table_width: int,
         kv_dtype: str,
         modes: Sequence[Mode] = (Mode.GREEDY, Mode.SAMPLE, Mode.LOGPROBS),
+        executables: Executables | None = None,
     ):
+        """weights: None if they are set later, before anything is executed. executables: that are compiled already."""
         self.config, self.mesh, self.weights, self.backend, self.sizes = config, mesh, weights, backend, sizes
         self.n_pages, self.table_width, self.kv_dtype = n_pages, table_width, kv_dtype
         self.modes = modes  # that may be asked for
-        self._compiled: dict[tuple, Any] = {}
+        self._compiled: Executables = dict(executables or {})
         self.compile_s = 0.0  # of all executables, one after the other
         self._abstract_weights = abstract_weights(config, mesh)
         self._abstract_pages = KVPages.abstract(config, mesh, n_pages, kv_dtype)
@@ -89,29 +100,43 @@ class Runner:
         self.slot_changes = sorted({min(SLOT_CHANGES, sizes.slots), sizes.slots})
         self.state: DeviceState | None = None
         self._forwarded: tuple | None = None  # logits that wait to be chosen from
+        self._tracing = threading.Lock()
 
-    def compile_all(self, progress: bool = True, drafts: int = 0) -> None:
+    def compile_all(self, progress: bool = True, drafts: int = 0, check: Callable[[], None] = lambda: None) -> None:
         """Compiles every step that can be asked for, several at a time.
 
-        drafts: of a model that only guesses: how many tokens at once.
+        drafts: of a model that only guesses: how many tokens at once. check: called after each; what it raises ends the
+        compiling.
         """
         start = time.perf_counter()
         jobs = self._drafting_jobs(drafts) if drafts else self._all_jobs()
         bar = tqdm(total=len(jobs), desc="compiling", unit="step", disable=None if progress else True)
-        with ThreadPoolExecutor(max_workers=16) as pool, bar:
-            for _ in pool.map(lambda job: job(), jobs):
+        with _compiling() as pool, bar:
+            for _ in pool.map(_call, jobs):
                 bar.update()
-        logging.info("compiled %d executables: %.1f s", len(self._compiled), time.perf_counter() - start)
+                check()
+        tell("compiled %d executables: %.1f s", len(jobs), time.perf_counter() - start)
 
-    def compile_largest(self) -> None:
-        """Compiles the forward pass and the sampler of the largest step alone."""
+    def compile_largest(self, ahead: bool = False) -> int:
+        """Compiles the forward pass and the sampler of the largest step, and with `ahead` all that takes no pages.
+
+        Returns the most bytes that the former take on a device beside weights and pages, and what is kept of slots.
+        """
         shape = max(self.sizes.shapes, key=lambda s: s.n_tokens)
         most = max(self.modes)
-        self._forward(shape, most == Mode.ENTROPY)
-        self._choose(shape.n_rows, most)
+        jobs: list[Job] = [(self._forward, shape, most == Mode.ENTROPY), (self._choose, shape.n_rows, most)]
         if self.sizes.decode_steps > 1:
             single = max((s for s in self.sizes.shapes if not s.n_blocks), key=lambda s: s.n_tokens)
-            self._decode_several(single, self.sizes.decode_steps, most)
+            jobs.append((self._decode_several, single, self.sizes.decode_steps, most))
+        others = [job for job in [*self._jobs_without_pages(), (self._new_slots,)] if job not in jobs]
+        with _compiling() as pool:
+            compiled = list(pool.map(_call, [*jobs, *(others if ahead else ())]))[: len(jobs)]
+        temporaries = (_beside(j[0] == self._choose, x.memory_analysis()) for j, x in zip(jobs, compiled, strict=True))
+        return max(temporaries) + device_bytes(self._abstract_sampling)
+
+    def without_pages(self) -> Executables:
+        """What is compiled already of all that takes no pages; it serves models of any number of layers."""
+        return {key: x for key, x in self._compiled.items() if key[0] in WITHOUT_PAGES}
 
     def start(self) -> None:
         """Makes the pages and what else stays on the device."""
@@ -164,40 +189,33 @@ class Runner:
         """Number of executables made so far."""
         return len(self._compiled)
 
-    def other_bytes(self) -> int:
-        """Most bytes that any compiled step takes on a device beside weights and pages, and what is kept of slots."""
-        temporaries = max(_beside(key, compiled.memory_analysis()) for key, compiled in self._compiled.items())
-        kept = sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(self._abstract_sampling)
-        )
-        return temporaries + kept
-
     def put(self, array: np.ndarray) -> jax.Array:
         """A host array, the same in every process, split over `data`."""
         return put(self.mesh, "tokens", array)
 
-    def _all_jobs(self) -> list[Callable[[], Any]]:
+    def _all_jobs(self) -> list[Job]:
         sizes = self.sizes
-        jobs: list[Callable[[], Any]] = [functools.partial(self._forward, s) for s in reversed(sizes.shapes)]
+        jobs: list[Job] = [(self._forward, s) for s in reversed(sizes.shapes)]
         if Mode.ENTROPY in self.modes:
-            jobs += [functools.partial(self._forward, s, True) for s in reversed(sizes.shapes)]
-        for mode in self.modes:
-            if sizes.decode_steps > 1:
-                single = [s for s in sizes.shapes if not s.n_blocks]
-                jobs += [functools.partial(self._decode_several, s, sizes.decode_steps, mode) for s in single]
-            jobs += [functools.partial(self._choose, n, mode) for n in sorted({s.n_rows for s in sizes.shapes})]
-        jobs += [functools.partial(self._change_slots, n) for n in self.slot_changes]
-        return [*jobs, self._count_known, self._set_tables, self._copy_pages]
+            jobs += [(self._forward, s, True) for s in reversed(sizes.shapes)]
+        if sizes.decode_steps > 1:
+            single = [s for s in sizes.shapes if not s.n_blocks]
+            jobs += [(self._decode_several, s, sizes.decode_steps, mode) for mode in self.modes for s in single]
+        return [*jobs, *self._jobs_without_pages(), (self._set_tables,), (self._copy_pages,)]
 
-    def _drafting_jobs(self, n_steps: int) -> list[Callable[[], Any]]:
+    def _jobs_without_pages(self) -> list[Job]:
+        n_rows = sorted({s.n_rows for s in self.sizes.shapes}, reverse=True)
+        jobs: list[Job] = [(self._choose, n, mode) for mode in self.modes for n in n_rows]
+        return [*jobs, *((self._change_slots, n) for n in self.slot_changes), (self._count_known,)]
+
+    def _drafting_jobs(self, n_steps: int) -> list[Job]:
         """What a model needs that computes prompts and guesses `n_steps` tokens at once."""
         shapes = self.sizes.shapes
-        jobs: list[Callable[[], Any]] = [functools.partial(self._forward, s) for s in shapes]
+        jobs: list[Job] = [(self._forward, s) for s in shapes]
         singles = [s for s in shapes if not s.n_blocks]
         modes = (Mode.GREEDY, Mode.SAMPLE)
-        jobs += [functools.partial(self._decode_several, s, n_steps, mode) for s in singles for mode in modes]
-        return [*jobs, self._set_tables, self._copy_pages]
+        jobs += [(self._decode_several, s, n_steps, mode) for s in singles for mode in modes]
+        return [*jobs, (self._set_tables,), (self._copy_pages,)]
 
     def _forward(self, shape: StepShape, with_metrics: bool = False) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:
@@ -215,7 +233,8 @@ class Runner:
         forwarded = self._abstract_forwarded(shape.n_rows, with_metrics)
         out = (_shardings(forwarded), pages_layout(self._abstract_pages))
         key = ("forward", shape, with_metrics)
-        return self._compile(key, run, args, donate=(1,), out=out, has_loops=with_metrics)
+        options = (LOOPS_ON_DEVICE if with_metrics else {}) | (CUBLAS_ONLY if shape.n_tokens >= MANY_TOKENS else {})
+        return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options)
 
     def _choose(self, n_rows: int, mode: Mode) -> Any:
         forwarded = self._abstract_forwarded(n_rows, mode == Mode.ENTROPY)
@@ -223,7 +242,7 @@ class Runner:
         args = (forwarded, self._abstract_slots()[1], slots, self._rows(n_rows))
         run = functools.partial(choose, config=self.config, mesh=self.mesh, mode=mode)
         out = (self._sharding("replicated"), self._sharding("tokens"), _shardings(slots))
-        return self._compile(("choose", n_rows, mode), run, args, donate=(1, 2), out=out, has_loops=True)
+        return self._compile(("choose", n_rows, mode), run, args, donate=(1, 2), out=out, gpu_options=LOOPS_ON_DEVICE)
 
     def _abstract_forwarded(self, n_rows: int, with_metrics: bool) -> Forwarded:
         vocab, data = self._abstract_weights.tok_embeddings.shape[0], self.mesh.shape[DATA]
@@ -293,16 +312,24 @@ class Runner:
         return self._array((self.sizes.slots, self.table_width)), self._array((self.sizes.slots,))
 
     def _compile(
-        self, key: tuple, run: Callable, args: tuple, *, donate: tuple[int, ...], out: Any, has_loops: bool = False
+        self,
+        key: tuple,
+        run: Callable,
+        args: tuple,
+        *,
+        donate: tuple[int, ...],
+        out: Any,
+        gpu_options: dict[str, Any] | None = None,
     ) -> Any:
-        """has_loops: whether it has loops whose number of rounds only the device knows."""
         if key not in self._compiled:
             # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
-            start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
             on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-            loops = LOOPS_ON_DEVICE if on_gpu and has_loops else None
-            self._compiled[key] = jitted.lower(*args).compile(compiler_options=loops)
+            options = gpu_options if on_gpu else None
+            with self._tracing:  # Python's own work: more threads at a time would only hinder one another, and others
+                start = time.perf_counter()
+                lowered = jitted.lower(*args)
+            self._compiled[key] = lowered.compile(compiler_options=options)
             seconds = time.perf_counter() - start
             self.compile_s += seconds
             logging.vlog(1, "compiled %s: %.1f s", key, seconds)
@@ -313,7 +340,21 @@ def _shardings(arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, arrays)
 
 
-def _beside(key: tuple, memory: Any) -> int:
+def device_bytes(arrays: Any) -> int:
+    """Bytes that a tree of arrays, real or abstract, takes on each of its devices."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def _compiling() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=16, thread_name_prefix=COMPILE_THREADS)
+
+
+def _call(job: Job) -> Any:
+    method, *arguments = job
+    return method(*arguments)
+
+
+def _beside(is_choice: bool, memory: Any) -> int:
     """Bytes of an executable's temporaries and of logits: those that it makes or takes, and those of another step."""
-    logits = memory.argument_size_in_bytes - memory.alias_size_in_bytes if key[0] == "choose" else 0
+    logits = memory.argument_size_in_bytes - memory.alias_size_in_bytes if is_choice else 0
     return memory.temp_size_in_bytes + 2 * (logits + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes))
