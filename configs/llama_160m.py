@@ -1,4 +1,4 @@
-"""A model of 162 million parameters in Llama 2's form, to measure on a CPU: a step of it is mostly products.
+"""A model of 160 million parameters in Llama 3's form, to measure on a CPU: a step of it is mostly products.
 
 No checkpoint of it exists; `launch.benchmark --random_weights --peer=hf` runs it beside transformers.
 """
@@ -11,12 +11,12 @@ from sharded_llama.run_config import run_config
 
 def get_config() -> ConfigDict:
     model = LlamaConfig(
-        dim=768,
-        n_layers=12,
-        n_heads=12,
-        n_kv_heads=12,
+        dim=1024,
+        n_layers=8,
+        n_heads=16,
+        n_kv_heads=8,
         head_dim=64,
-        ffn_dim=3072,
+        ffn_dim=2816,
         vocab_size=32000,
         norm_eps=1e-5,
         rope_theta=10_000.0,

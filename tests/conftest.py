@@ -1,14 +1,21 @@
-"""Tests run on 8 simulated CPU devices, unless a GPU is asked for with `-m gpu`."""
+"""Tests run on 8 simulated CPU devices, unless a GPU is asked for with `-m gpu`.
 
+Their programs are compiled without LLVM's optimisations, which are half of the time of a test that compiles; modules
+whose subject is the optimised arithmetic ask for the fixture `optimising_compiler`. JAX_DISABLE_MOST_OPTIMIZATIONS=0
+in the environment optimises all.
+"""
+
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from compiler import UNOPTIMISED, compiling
 
 # The compiler cuts each program into up to 32 parts, to compile them on as many cores; on few, cutting only costs.
 # The functions in a part are compiled as they would be without.
 ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"
-UNOPTIMISED = "jax_disable_most_optimizations"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,12 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Chooses the platform before any test module touches JAX."""
     if config.option.markexpr.startswith("gpu"):
         return
-    from sharded_llama.mesh import simulate_cpu_devices
-
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     flags = os.environ.get("XLA_FLAGS", "")
     if not config.option.markexpr and ONE_PART not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {ONE_PART}".strip()
+    if not config.option.markexpr:
+        os.environ.setdefault(UNOPTIMISED.upper(), "1")
+    from sharded_llama.mesh import simulate_cpu_devices  # JAX reads the environment when it is imported
+
     simulate_cpu_devices(8)
 
 
@@ -38,20 +47,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not special & {m.name for m in item.iter_markers()}]
 
 
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects: collect garbage less often, and not among what was imported."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="module")
+def optimising_compiler() -> Iterator[None]:
+    """For tests whose subject is what the arithmetic of optimised programs gives."""
+    with compiling(optimised=True):
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_compiler() -> Iterator[None]:
-    """Programs are compiled without optimisation, here and in processes that are started.
-
-    For tests that spend their time on compiling and whose subject is not what the optimised arithmetic gives. What
-    they compiled is not left to others, nor taken from them: JAX's caches on disk know the difference, those in memory
-    do not.
-    """
-    import jax
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(UNOPTIMISED.upper(), "1")
-        jax.clear_caches()
-        jax.config.update(UNOPTIMISED, True)
+    """For tests that would take too long otherwise, whatever the environment says."""
+    with compiling(optimised=False):
         yield
-        jax.config.update(UNOPTIMISED, False)
-        jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with its first layer alone: real tokens and a tokenizer, and a sixth of it to compile."""
+    from sharded_llama.checkpoint import load_weights, open_checkpoint, save_weights
+    from sharded_llama.engine.loading import DEMO_CHECKPOINT
+    from sharded_llama.mesh import make_mesh
+
+    source = open_checkpoint(DEMO_CHECKPOINT)
+    config, folder = source.read_config(), tmp_path_factory.mktemp("demo") / "short"
+    weights = load_weights(source, config, mesh=make_mesh(), progress=False)
+    short = weights._replace(layers=weights.layers[:1])
+    save_weights(short, config.replace(n_layers=1), folder, tokenizer_folder=DEMO_CHECKPOINT)
+    return folder

@@ -42,7 +42,7 @@ PARAMETERS = {
     "llama3_2_1b": 1.236,
     "llama3_2_3b": 3.213,
     "llama3_3_70b": 70.554,
-    "llama_160m": 0.1624,
+    "llama_160m": 0.160,
 }
 
 

@@ -3,13 +3,13 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import launchers
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -26,8 +26,6 @@ from sharded_llama.sampling.entropy_settings import EntropySettings
 from sharded_llama.sampling.structured import StructuredOutputs
 from sharded_llama.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "sharded_llama" / "demo_checkpoint"
 METRICS = TokenMetrics(4.0, 6.0, 2.0, 0.5, 0.125, 0.75, Strategy.RESAMPLE, 1.5, 0.5, 27, 0.03, -1.5)
@@ -36,12 +34,7 @@ METRICS = TokenMetrics(4.0, 6.0, 2.0, 0.5, 0.125, 0.75, Strategy.RESAMPLE, 1.5, 
 def run(*flags, stdin="", simulate=1):
     """(exit status, standard output, standard error) of the launcher."""
     # One decode step per dispatch: one kind of step to compile instead of two.
-    start = (sys.executable, "-m", "launch.generate", f"--simulate_devices={simulate}", "--decode_steps=1")
-    command = [*start, *map(str, flags)]
-    done = subprocess.run(
-        command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=200, env={**os.environ}, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+    return launchers.run("generate", f"--simulate_devices={simulate}", "--decode_steps=1", *flags, stdin=stdin)
 
 
 def fails(*flags, simulate=1):
@@ -53,9 +46,17 @@ def fails(*flags, simulate=1):
     return stderr
 
 
+@pytest.fixture
+def model(short_demo):
+    return f"--checkpoint={short_demo}"
+
+
 class TestOutput:
     def test_text_to_stdout_the_rest_to_stderr(self):
-        status, stdout, stderr = run("--checkpoint=demo", "--prompt=ROMEO:", "--max_new_tokens=8", "--temperature=0")
+        flags = ("--checkpoint=demo", "--prompt=ROMEO:", "--max_new_tokens=8", "--temperature=0", "--decode_steps=1")
+        command = [sys.executable, "-m", "launch.generate", "--simulate_devices=1", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        status, stdout, stderr = done.returncode, done.stdout, done.stderr
         assert status == 0, stderr
         assert stdout.startswith("ROMEO:\n")
         assert stdout.endswith("\n")
@@ -63,11 +64,11 @@ class TestOutput:
             assert part in stderr
         assert "%|" not in stderr, "no progress bar in a pipe"
 
-    def test_several_prompts_and_json_lines(self, tmp_path):
+    def test_several_prompts_and_json_lines(self, tmp_path, model):
         output = tmp_path / "out.jsonl"
         prompts = ["ROMEO:", "", "O naïve 🙂"]
         status, stdout, stderr = run(
-            *("--checkpoint=demo", "--mesh=data:2,model:4", "--max_new_tokens=6", f"--output={output}"),
+            *(model, "--mesh=data:2,model:4", "--max_new_tokens=6", f"--output={output}"),
             *(f"--prompt={p}" for p in prompts),
             simulate=8,
         )
@@ -83,39 +84,38 @@ class TestOutput:
         assert stdout.index("prompt 1 of 3") < stdout.index("prompt 2 of 3") < stdout.index("prompt 3 of 3")
         assert [f.name for f in tmp_path.iterdir()] == ["out.jsonl"]
 
-    def test_prompts_from_standard_input_and_files(self, tmp_path):
+    def test_prompts_from_standard_input_and_files(self, tmp_path, model):
         status, stdout, stderr = run(
-            "--checkpoint=demo", "--prompt_file=-", "--max_new_tokens=4", stdin="First Citizen:\nBefore we\n"
+            model, "--prompt_file=-", "--max_new_tokens=4", stdin="First Citizen:\nBefore we\n"
         )
         assert status == 0, stderr
         assert stdout.startswith("First Citizen:\nBefore we")
         answers = tmp_path / "answers.jsonl"
         file = tmp_path / "prompts.jsonl"
         file.write_text('{"prompt": "KING:"}\n\n{"prompt": "QUEEN:"}\n')
-        status, _, stderr = run(
-            "--checkpoint=demo", f"--prompt_file={file}", "--max_new_tokens=4", f"--output={answers}"
-        )
+        status, _, stderr = run(model, f"--prompt_file={file}", "--max_new_tokens=4", f"--output={answers}")
         assert status == 0, stderr
         assert [json.loads(line)["prompt"] for line in answers.read_text().splitlines()] == ["KING:", "QUEEN:"]
 
-    def test_flags_beat_the_config(self, tmp_path):
+    def test_flags_beat_the_config(self, tmp_path, model):
         output = tmp_path / "out.jsonl"
         status, _, stderr = run(
-            *("--config=configs/demo.py", "--config.generate.max_new_tokens=3", "--config.mesh.model=2"),
+            *("--config=configs/demo.py", model, "--config.model.n_layers=1"),
+            *("--config.generate.max_new_tokens=3", "--config.mesh.model=2"),
             *("--config.generate.sampler=entropy(top_k=4)", "--show_metrics", "--metrics_picture="),
-            *("--mesh=data:2", "--prompt=A", f"--output={output}"),
-            simulate=4,
+            *("--mesh=data:1", "--prompt=A", f"--output={output}"),
+            simulate=8,  # as here: what TestMetrics compiled is in the cache
         )
         assert status == 0, stderr
-        assert "mesh data:2,model:1" in stderr
+        assert "mesh data:1,model:1" in stderr
         record = json.loads(output.read_text())
         assert len(record["token_ids"]) == len(record["metrics"]) == 3
         assert "picture" not in stderr
 
-    def test_several_answers_with_a_sampler_and_stop_strings(self, tmp_path):
+    def test_several_answers_with_a_sampler_and_stop_strings(self, tmp_path, model):
         output = tmp_path / "out.jsonl"
         status, stdout, stderr = run(
-            *("--checkpoint=demo", "--n=3", "--sampler=temperature(1.2) top_p(0.95) seed(3)", "--max_new_tokens=30"),
+            *(model, "--n=3", "--sampler=temperature(1.2) top_p(0.95) seed(7)", "--max_new_tokens=30"),
             *("--stop=e", "--stop=\n\n", "--logprobs=2", "--prompt=ROMEO:", f"--output={output}"),
         )
         assert status == 0, stderr
@@ -137,19 +137,19 @@ class TestOutput:
         text = "".join(of_token[0]["decoded_token"] for of_token in records[0]["logprobs"])
         assert text.startswith(records[0]["text"])
 
-    def test_an_answer_of_a_given_form(self, tmp_path):
+    def test_an_answer_of_a_given_form(self, tmp_path, model):
         schema, output = tmp_path / "schema.json", tmp_path / "out.jsonl"
         schema.write_text('{"enum": ["yes", "no", 7]}')
         status, _, stderr = run(
-            "--checkpoint=demo", f"--json_schema={schema}", "--prompt=A", "--sampler=greedy", f"--output={output}"
+            model, f"--json_schema={schema}", "--prompt=A", "--sampler=greedy", f"--output={output}"
         )
         assert status == 0, stderr
         record = json.loads(output.read_text())
         assert json.loads(record["text"]) in ("yes", "no", 7)
         assert record["finish_reason"] == "stop"
 
-    def test_a_seed_repeats_the_text(self):
-        flags = ("--checkpoint=demo", "--prompt=A", "--temperature=1", "--max_new_tokens=12", "--dtype=float32")
+    def test_a_seed_repeats_the_text(self, model):
+        flags = (model, "--prompt=A", "--temperature=1", "--max_new_tokens=12")
         texts = [run(*flags, f"--seed={seed}")[1] for seed in (5, 5, 6)]
         assert texts[0] == texts[1] != texts[2]
 
@@ -256,10 +256,10 @@ def test_answers_are_printed_in_order(capsys):
     assert capsys.readouterr().out == "C\n--- prompt 2 of 2, answer 2 of 2 ---\nQ\n"
 
 
-def run_here(*args):
+def run_here(*args, checkpoint="demo"):
     """The launcher within this process."""
     with flagsaver.flagsaver():
-        flags.FLAGS(["generate", "--checkpoint=demo", "--mesh=data:1", "--max_new_tokens=8", *map(str, args)])
+        flags.FLAGS(["generate", f"--checkpoint={checkpoint}", "--mesh=data:1", "--max_new_tokens=8", *map(str, args)])
         generate.main()
 
 
@@ -268,9 +268,10 @@ def lines(file):
 
 
 class TestMetrics:
-    def test_the_text_the_picture_and_the_records(self, tmp_path, capsys, monkeypatch):
+    def test_the_text_the_picture_and_the_records(self, short_demo, tmp_path, capsys, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        run_here("--sampler=entropy seed(3)", "--show_metrics", "--prompt=ROMEO:", "--output=out.jsonl")
+        made = ("--show_metrics", "--prompt=ROMEO:", "--output=out.jsonl")
+        run_here("--sampler=entropy seed(3)", *made, checkpoint=short_demo)
         (record,) = lines(tmp_path / "out.jsonl")
         out, err = capsys.readouterr()
         assert out == f"ROMEO:{record['text']}\n", "no terminal: no colours and no legend"
@@ -362,10 +363,11 @@ class TestMetrics:
 
 
 class TestSpeculation:
-    def test_the_summary_tells_of_it(self, capsys):
-        run_here("--sampler=greedy", "--draft_model=demo", "--num_speculative_tokens=3", "--prompt=ROMEO:")
+    def test_the_summary_tells_of_it(self, short_demo, capsys):
+        guesses = (f"--draft_model={short_demo}", "--num_speculative_tokens=3")
+        run_here("--sampler=greedy", *guesses, "--prompt=ROMEO:", checkpoint=short_demo)
         out, err = capsys.readouterr()
-        assert out.startswith("ROMEO:\n")
+        assert re.fullmatch(r"ROMEO:.+\n", out, re.DOTALL)
         drafted, accepted = map(int, re.search(r"(\d+) tokens drafted, (\d+) accepted \(100%\)", err).groups())
         assert drafted == accepted > 0, "both are the same model"
 
@@ -379,7 +381,7 @@ class TestSpeculation:
 
 
 class TestErrors:
-    def test_the_other_answers_come_out_first(self, tmp_path, capsys, monkeypatch):
+    def test_the_other_answers_come_out_first(self, short_demo, tmp_path, capsys, monkeypatch):
         """A sequence whose logits are no numbers is ended by the engine."""
         step = Engine.step
 
@@ -392,7 +394,7 @@ class TestErrors:
         monkeypatch.setattr(Engine, "step", failing)
         output = tmp_path / "out.jsonl"
         with pytest.raises(EngineError) as raised:
-            run_here(*(f"--prompt={p}" for p in ("ROMEO:", "A", "KING")), f"--output={output}")
+            run_here(*(f"--prompt={p}" for p in ("ROMEO:", "A", "KING")), f"--output={output}", checkpoint=short_demo)
         message = "1 of 3 answers ended with an error:\n  prompt 2, answer 1: not a number"
         assert str(raised.value) == message
         records = lines(output)

@@ -14,6 +14,8 @@ from transformers.models.llama import modeling_llama
 from sharded_llama import layers
 from sharded_llama.config import LlamaConfig, RopeScaling
 
+pytestmark = pytest.mark.usefixtures("optimising_compiler")
+
 LEAF = 1e-6
 WIDE = 3e-6  # torch itself is 1.4e-6 from float64 on wide MLPs
 
@@ -109,7 +111,9 @@ def test_project_qkv(model):
     """The fused product gives what the three separate ones give, for each shard's share of the heads."""
     x, wq, wk, wv = normal(0, 3, 7, 50), normal(1, 8, 6, 50), normal(2, 4, 6, 50), normal(3, 4, 6, 50)
     fused = np.concatenate([wq.reshape(4, 2, 6, 50), wk[:, None], wv[:, None]], axis=1)
-    parts = [jax.jit(lambda x, w: layers.split_qkv(layers.project_qkv(x, w)))(x, part) for part in np.split(fused, model)]
+    parts = [
+        jax.jit(lambda x, w: layers.split_qkv(layers.project_qkv(x, w)))(x, part) for part in np.split(fused, model)
+    ]
     for ours, weight in zip(
         map(lambda p: np.concatenate(p, axis=2), zip(*parts, strict=True)), (wq, wk, wv), strict=True
     ):

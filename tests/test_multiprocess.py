@@ -1,28 +1,22 @@
 """Two processes of four simulated devices each give the text of one process with eight."""
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import launchers
 import pytest
 from hf_reference import make_model, save
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = ["0 1", "the quick", ""]
-# All processes compile alike, and what is compared is what they give.
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+ONE_STEP = "--decode_steps=1"  # one kind of step to compile instead of two
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    path = save(make_model("grouped", vocab_size=300), tmp_path_factory.mktemp("model"))
+    path = save(make_model("grouped", vocab_size=300, num_hidden_layers=2), tmp_path_factory.mktemp("model"))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -40,36 +34,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(n_processes, devices, mesh, folder, output, *extra, timeout=240):
+def run(n_processes, devices, mesh, folder, output, *extra):
     """Runs the launcher in `n_processes` processes; returns (exit status, standard output, standard error) of each."""
-    command = [
-        *(sys.executable, "-m", "launch.generate", f"--checkpoint={folder}", f"--simulate_devices={devices}"),
-        *(f"--mesh={mesh}", "--max_new_tokens=12", "--ignore_eos", f"--output={output}", *extra),
+    common = [
+        *(f"--checkpoint={folder}", f"--simulate_devices={devices}", f"--mesh={mesh}"),
+        *("--max_new_tokens=12", "--ignore_eos", f"--output={output}", *extra),
     ]
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
-    processes = []
+    started = []
     for i in range(n_processes):
         several = [address, f"--num_processes={n_processes}", f"--process_id={i}"] if n_processes > 1 else []
         # Only process 0 has the prompts.
         prompts = [f"--prompt={p}" for p in PROMPTS] if i == 0 else []
-        processes.append(
-            subprocess.Popen(
-                [*command, *several, *prompts],
-                cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
-    try:
-        outputs = [p.communicate(timeout=timeout) for p in processes]
-    finally:
-        for p in processes:  # a hung collective ignores SIGTERM
-            if p.poll() is None:
-                os.killpg(p.pid, signal.SIGKILL)
-    return [(p.returncode, *out) for p, out in zip(processes, outputs, strict=True)]
+        started.append(launchers.start("generate", *common, *several, *prompts, without=("XLA_FLAGS",)))
+    return [process.finish() for process in started]
 
 
 def records(path):
@@ -92,6 +70,8 @@ def one_process(folder, tmp_path_factory):
 def test_same_text_as_one_process(folder, one_process, mesh, speculates, tmp_path):
     output = tmp_path / "out.jsonl"
     extra = (f"--draft_model={folder}", "--num_speculative_tokens=3") if speculates else ()
+    if mesh != "data:2,model:4":
+        extra = (*extra, ONE_STEP)
     (status0, stdout0, stderr0), (status1, stdout1, stderr1) = run(2, 4, mesh, folder, output, *extra)
     assert (status0, status1) == (0, 0), stderr0 + stderr1
     assert records(output) == one_process
@@ -104,7 +84,7 @@ def test_same_text_as_one_process(folder, one_process, mesh, speculates, tmp_pat
 def test_sampled_text_and_a_mistake_in_every_process(folder, tmp_path):
     """Fresh seeds are agreed on (otherwise the processes' steps would differ), and an error ends all of them."""
     output = tmp_path / "out.jsonl"
-    results = run(2, 4, "data:2,model:4", folder, output, "--temperature=1.0")
+    results = run(2, 4, "data:2,model:4", folder, output, "--temperature=1.0", ONE_STEP)
     assert [r[0] for r in results] == [0, 0], results
     assert len(records(output)) == len(PROMPTS)
 
@@ -117,7 +97,11 @@ def test_sampled_text_and_a_mistake_in_every_process(folder, tmp_path):
 
 def test_penalties_and_a_form_that_only_process_0_knows(folder, tmp_path):
     """Counts and masks travel with the steps; the device that draws from them may belong to another process."""
-    settings = ("--sampler=temperature(0.8) top_p(0.9) repetition_penalty(1.2) seed(3)", "--regex=[0-9]{3}-[a-z]{2}")
+    settings = (
+        "--sampler=temperature(0.8) top_p(0.9) repetition_penalty(1.2) seed(3)",
+        "--regex=[0-9]{3}-[a-z]{2}",
+        ONE_STEP,
+    )
     output = tmp_path / "out.jsonl"
     results = run(2, 4, "data:2,model:4", folder, output, *settings)
     assert [r[0] for r in results] == [0, 0], results

@@ -9,6 +9,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import launchers
 import pytest
 
 from sharded_llama import __version__
@@ -32,7 +33,7 @@ def run_ok(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-def check_mistake(done: subprocess.CompletedProcess[str], message: str) -> None:
+def check_mistake(done: subprocess.CompletedProcess[str] | launchers.Finished, message: str) -> None:
     """One message on standard error, nothing else, exit status 1."""
     assert done.returncode == 1
     assert done.stdout == ""
@@ -143,16 +144,21 @@ class TestCommand:
         assert "  --simulate_devices: " in text
 
 
+MISTAKES = [
+    ("--max_new_token=8", "Unknown command line flag 'max_new_token'. Did you mean: max_new_tokens ?"),
+    ("--config=configs/nope.py", "--config=configs/nope.py: there is no such file"),
+    ("--max_new_tokens=many", "--max_new_tokens=many"),
+    ("Once", "unexpected argument 'Once'"),
+    ("--prompt=Once", "no checkpoint: give --checkpoint=FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("flag", "message"), MISTAKES)
+def test_a_mistake_gives_one_message(flag, message):
+    check_mistake(launchers.run("generate", flag), message)
+
+
 @pytest.mark.parametrize("command", [["launch.generate"], ["launch", "generate"]])
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--max_new_token=8", "Unknown command line flag 'max_new_token'. Did you mean: max_new_tokens ?"),
-        ("--max_new_tokens=many", "--max_new_tokens=many"),
-        ("--config=configs/nope.py", "--config=configs/nope.py: there is no such file"),
-        ("Once", "unexpected argument 'Once'"),
-        ("--prompt=Once", "no checkpoint: give --checkpoint=FOLDER"),
-    ],
-)
-def test_a_mistake_gives_one_message(command, flag, message):
+@pytest.mark.parametrize(("flag", "message"), MISTAKES[:2])
+def test_so_does_a_command(command, flag, message):
     check_mistake(run(sys.executable, "-m", *command, flag, cwd=ROOT), message)

@@ -22,6 +22,8 @@ from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import ConfigError
 from sharded_llama.kv_cache import EIGHT_BIT, PAGE_SIZE, KVPages
 
+pytestmark = pytest.mark.usefixtures("optimising_compiler")
+
 
 def inputs(batch, length, cached, heads, kv_heads, width, dtype=np.float32):
     rng = np.random.default_rng(0)

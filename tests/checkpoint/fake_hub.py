@@ -7,7 +7,6 @@ from one that has imported the rest.
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -15,16 +14,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from launchers import FORKS
 
 from sharded_llama.checkpoint import hub
 from sharded_llama.errors import CheckpointError
 
 GOOD_TOKEN, STRANGERS_TOKEN = "hf_good", "hf_stranger"
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["sharded_llama.checkpoint.hub"])
 
 
 def _sha1(data: bytes) -> str:
@@ -195,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 class Resolving:
     """A process that resolves names one after another."""
 
-    process: multiprocessing.process.BaseProcess
+    process: BaseProcess
     out: Path
     err: Path
     count: int
@@ -222,7 +221,7 @@ def start(url: str, home: Path, *names: str, patience: float = 60, **env: str) -
     out, err = home / f"{number}.out", home / f"{number}.err"
     out.touch()
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": url} | env
-    process = _processes.Process(target=_resolve, args=(names, patience, settings, out, err))
+    process = FORKS.Process(target=_resolve, args=(names, patience, settings, out, err))
     process.start()
     return Resolving(process, out, err, len(names))
 

@@ -23,8 +23,6 @@ from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 from sharded_llama.tokenizer import TokenKind
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 VOCAB = 131
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 40, "num_pages": 12, "decode_steps": 1}
 LONG = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)

@@ -16,6 +16,8 @@ from sharded_llama.engine.options import EngineOptions
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("optimising_compiler")
+
 VOCAB = 131
 OPTIONS = {"num_pages": 12, "decode_steps": 1}
 SIZES = {"max_num_seqs": 8, "max_num_batched_tokens": 40}  # of each data shard

@@ -17,8 +17,8 @@ HOT = {"temperature": 1.5, "max_tokens": 64}
 
 
 @pytest.fixture(scope="module")
-def llm():
-    return LLM("demo", mesh=make_mesh(), progress=False, max_num_seqs=25, max_model_len=128)
+def llm(short_demo):
+    return LLM(short_demo, mesh=make_mesh(), progress=False, max_num_seqs=25, max_model_len=128)
 
 
 def test_answers_to_random_schemas_validate(llm):

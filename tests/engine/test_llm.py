@@ -22,8 +22,6 @@ from sharded_llama.errors import CheckpointError, ConfigError, EngineError, Mesh
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 SMALL = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 144,

@@ -24,8 +24,6 @@ from sharded_llama.sampling.entropy_settings import EntropySettings
 from sharded_llama.sampling.structured import StructuredOutputs
 from sharded_llama.weights import init_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 VOCAB, EOS, LONGEST = 1024, 1, 96
 CONFIG = LlamaConfig(
     dim=32,

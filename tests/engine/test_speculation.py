@@ -28,9 +28,6 @@ from sharded_llama.sampling.structured import StructuredOutputs
 from sharded_llama.tokenizer import load_tokenizer
 from sharded_llama.weights import XfmrWeights, init_weights
 
-# The engines of a kind are compiled alike, and what is compared is what they give.
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 DEMO = Path(sharded_llama.__file__).parent / "demo_checkpoint"
 LONGEST, STOPS = 96, (7, 8)
 CONFIG = LlamaConfig(

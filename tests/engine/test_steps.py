@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(
     rope_theta=1e4,
     dtype="float32",
 )
-MESHES = [(1, 1), (2, 1), (1, 2), (1, 8), (2, 4), (4, 2)]
+MESHES = [(1, 1), (2, 1), (1, 8), (2, 4)]  # each kind: nothing, rows, all heads, both spread; (1, 8) repeats kv heads
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SLOTS, N_PAGES, TABLE_WIDTH = 8, 100, 40  # of each data shard; tables of more than one block of the attention
 DECODE, MIXED = StepShape(SLOTS, 0, 1), StepShape(SLOTS, 2, 16)
@@ -151,7 +151,7 @@ def test_no_array_is_empty():
         assert not re.search(r"\b(pred|[suf]\d+)\[(\d+,)*0(,\d+)*\]", executable.as_text())
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)], ids=str)
 def test_two_all_reduces_per_layer(mesh_shape):
     """One after attention and one after the MLP, one for the embedding; no weight moves and nothing is gathered.
 
@@ -168,7 +168,7 @@ def test_two_all_reduces_per_layer(mesh_shape):
         assert not any(found.values())
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 2), (1, 8), (2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)], ids=str)
 def test_the_greedy_sampler_exchanges_little(mesh_shape):
     """Over the vocabulary two candidates per row, the token's logit and rank; over the data what was sampled."""
     runner, (data, model) = make_runner(mesh_shape), mesh_shape

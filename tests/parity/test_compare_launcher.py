@@ -39,8 +39,6 @@ MESH = "--mesh=data:2,model:2"
 FEW = ("--token_ids=5,3,60,2,41,7", "--chunk=4", "--new_tokens=3")
 SHORT = (*FEW[:2], "--new_tokens=0")
 TINY = ("--token_ids=5,3", "--chunk=1", "--new_tokens=0")
-# test_families.py holds the optimised programs to the contract.
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FIELDS = {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 97}
 
 
@@ -146,20 +144,20 @@ def rows(report: dict[str, Any], mode: str) -> list[dict[str, Any]]:
 # --- runs of whole commands
 
 
-def test_the_demo_checkpoint_on_eight_devices(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as a user runs it; and here running takes the time
-    flags_given = ("--checkpoint=demo", "--simulate_devices=8", "--mesh=data:2,model:4")
+def test_a_checkpoint_with_a_tokenizer_on_eight_devices(short_demo, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)  # as a user runs it
+    flags_given = (f"--checkpoint={short_demo}", "--simulate_devices=8", "--mesh=data:2,model:4")
     files = (f"--json={tmp_path / 'report.json'}", f"--plot={tmp_path / 'errors.png'}")
     ((status, stdout, stderr),) = finish(start(*flags_given, *files))
     assert status == 0, stderr
-    assert stdout.startswith(f"checkpoint: {DEMO} (Hugging Face safetensors)\n")
+    assert stdout.startswith(f"checkpoint: {short_demo} (Hugging Face safetensors)\n")
     assert "bfloat16, mesh data:2,model:4 on cpu" in stdout
     assert "of the default prompts" in stdout
-    assert "PASS: 234 components compared" in stdout
+    assert "PASS: 44 components compared" in stdout
     assert "%|" not in stderr, "no progress bar in a pipe"
     report = read_json(tmp_path / "report.json")
     assert (report["passed"], report["first_failure"]) == (True, None)
-    assert len(report["rows"]) == 234
+    assert len(report["rows"]) == 44
     assert [row["length"] for row in report["greedy"]] == [16, 16]
     assert (tmp_path / "errors.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["errors.png", "report.json"]

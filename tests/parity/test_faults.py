@@ -21,8 +21,6 @@ from sharded_llama.parity.results import CUMULATIVE, ISOLATED
 from sharded_llama.parity.torch_reference import TorchReference
 from sharded_llama.parity.transformers_model import open_transformers
 
-# Which component is named does not depend on it; test_families.py holds optimised programs to the contract.
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 TOKENS = np.random.default_rng(1).integers(0, 97, (2, 19))  # two pages of each sequence
 FIELDS = {"hidden_size": 48, "head_dim": 6, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
 

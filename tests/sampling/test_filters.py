@@ -15,8 +15,6 @@ from sharded_llama.sampling import SamplingParams, filters
 from sharded_llama.sampling.filters import Filters, is_kept, last_kept, top_tokens
 from sharded_llama.sharding import MODEL, padded
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 MESHES = [(1, 1), (2, 2), (1, 8), (4, 2), (8, 1), (1, 4)]
 
 

@@ -17,8 +17,6 @@ from sharded_llama.sampling.noise import gumbel
 from sharded_llama.sampling.structured import StructuredOutputs
 from sharded_llama.sharding import padded
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 VOCAB = 150  # more than there are candidates, and nothing that divides by a mesh
 MESHES = [(1, 1), (2, 4), (1, 8), (8, 1), (4, 2)]
 

@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import launchers
 import pytest
 import torch
 from tiny_model import CONFIG, TEXT
@@ -18,7 +18,6 @@ from sharded_llama.engine.llm import LLM
 from sharded_llama.mesh import make_mesh
 from sharded_llama.training.settings import TrainSettings
 
-ROOT = Path(__file__).parents[2]
 # Nothing of what configs/demo.py says but its kind of model. No dropout: it takes long to compile.
 TRAIN = TrainSettings(
     steps=4, batch=4, length=16, warmup_steps=1, learning_rate=1e-2, eval_every=2, export_dtype="float32"
@@ -28,26 +27,23 @@ OVERRIDES = [f"--config.model.{name}={getattr(CONFIG, name)}" for name in SIZES]
 OVERRIDES += [f"--config.train.{name}={value}" for name, value in dataclasses.asdict(TRAIN).items()]
 
 
-def start(launcher, *flags, missing=()):
+def start(launcher, *flags):
+    return launchers.start(launcher, *flags, without=("NPROC",))  # which the launcher sets itself
+
+
+def run_without(missing, launcher, *flags):
     """Runs a launcher, as on a machine where the packages `missing` are not installed."""
     program = f"import sys; sys.modules |= dict.fromkeys({missing}); from launch import {launcher}; {launcher}.cli()"
-    return subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-c", program, *map(str, flags)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        cwd=launchers.ROOT,
+        capture_output=True,
         text=True,
-        # The launcher sets NPROC itself.
-        env={k: v for k, v in os.environ.items() if k != "NPROC"} | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "NPROC"},
+        check=False,
     )
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+    return done.returncode, done.stdout, done.stderr
 
 
 def train_flags(text, output):
@@ -65,7 +61,7 @@ def text(tmp_path_factory):
 def run(text, tmp_path_factory):
     """The folder of a run, and what it wrote to standard error."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    code, out, err = finish(start("train", *train_flags(text, output), "--mesh=data:2,model:4"))
+    code, out, err = start("train", *train_flags(text, output), "--mesh=data:2,model:4").finish()
     assert (code, out) == (0, ""), err
     return output, err
 
@@ -91,11 +87,12 @@ def test_the_checkpoint_is_one_model_to_transformers_and_to_us(run):
 def test_evaluate_agrees_with_training(run, text):
     """On another mesh, one that repeats kv heads."""
     flags = [f"--checkpoint={run[0] / 'checkpoint'}", f"--text={text}", "--length=16", "--simulate_devices=8"]
-    held_out, whole = (
-        start("evaluate", *flags, "--holdout=0.1", "--mesh=model:8"),
-        start("evaluate", *flags, "--mesh=data:4,model:2", "--batch=2", missing=("optax", "orbax", "matplotlib")),
-    )
-    code, out, err = finish(held_out)
+    held_out = start("evaluate", *flags, "--holdout=0.1", "--mesh=model:8")
+    without = ("optax", "orbax", "matplotlib")
+    code, whole, err = run_without(without, "evaluate", *flags, "--mesh=data:4,model:2", "--batch=2")
+    assert code == 0, err
+    assert f"{len(TEXT.encode())} bytes" in whole
+    code, out, err = held_out.finish()
     assert code == 0, err
     best = json.loads((run[0] / "best.json").read_text())
     record = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
@@ -105,9 +102,6 @@ def test_evaluate_agrees_with_training(run, text):
     assert perplexity == pytest.approx(math.exp(best["loss"]), rel=1e-3)
     assert printed_bits == pytest.approx(bits, abs=2e-4)
     assert f"{len(TEXT[round(len(TEXT) * 0.9) :].encode())} bytes, windows of 16 tokens)" in out
-    code, out, err = finish(whole)
-    assert code == 0, err
-    assert f"{len(TEXT.encode())} bytes" in out
 
 
 def test_mistakes(run, text, tmp_path):
@@ -119,11 +113,10 @@ def test_mistakes(run, text, tmp_path):
         "run holds a finished run": ("train", *train_flags(text, run[0])),
         "give --text=FILE, the text to score": ("evaluate", "--checkpoint=demo"),
     }
-    processes = [start(*arguments) for arguments in cases.values()]
-    cases["training needs orbax: pip install 'sharded-llama[train]'."] = train
-    processes.append(start("train", *train, missing=("orbax",)))
-    for message, process in zip(cases, processes, strict=True):
-        code, out, err = finish(process)
+    results = [process.finish() for process in [start(*arguments) for arguments in cases.values()]]
+    messages = [*cases, "training needs orbax: pip install 'sharded-llama[train]'."]
+    results.append(run_without(("orbax",), "train", *train))
+    for message, (code, out, err) in zip(messages, results, strict=True):
         assert (code, out) == (1, ""), message
         assert err.startswith("error: "), err
         assert message in err
