@@ -159,7 +159,8 @@ def pool(model: LLM, results: list[Row], rng: np.random.Generator) -> None:
 
 def room_to_decode(sizes: Sizes, batch: int) -> int:
     """Tokens that a sequence generates at most before `batch` of a shard decode and have been timed."""
-    return steady.tokens_before(sizes, batch, PROMPT.value) + sizes.decode_steps * (2 * STEPS.value + 2 * steady.GUARD)
+    _, most = steady.steps_before(sizes, batch, PROMPT.value)
+    return most + sizes.decode_steps * (2 * STEPS.value + 2 * steady.GUARD)
 
 
 # Determinism, throughput

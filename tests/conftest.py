@@ -60,13 +60,6 @@ def optimising_compiler() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compiler() -> Iterator[None]:
-    """For tests that would take too long otherwise, whatever the environment says."""
-    with compiling(optimised=False):
-        yield
-
-
 @pytest.fixture(scope="session")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with its first layer alone: real tokens and a tokenizer, and a sixth of it to compile."""

@@ -16,7 +16,6 @@ from sharded_llama.engine.llm import LLM
 from sharded_llama.errors import EngineError, ShardedLlamaError
 from sharded_llama.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 ROOT = Path(__file__).parent.parent
 TRACE = ROOT / "../shared/data/traces/sharegpt-llama-3.1-8b-300-sps10.jsonl"

@@ -12,14 +12,11 @@ ROOT = Path(__file__).parent.parent
 MODEL = {"n_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 32, "vocab_size": 64}
 TINY = ("--config=configs/demo.py", *(f"--config.model.{name}={size}" for name, size in MODEL.items()))
 TINY += ("--config.model.dtype=float32",)
-# Nearly all of these tests' time is compiling, and nobody looks at how fast what comes out is.
-QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def run(folder, *command):
     """(exit status, standard output, standard error) of Python, with an empty cache of executables."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILER}"
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,

@@ -37,9 +37,11 @@ def plan_decode(sizes: Sizes, data: int, batch: int, context: int, steps: int, r
     dispatches = -(-steps // sizes.decode_steps)
     timed = sizes.decode_steps * (rounds * (dispatches + steady.GUARD) + 2 * steady.GUARD)
     # While prompts are computed sequences get a token in each step, the first one all along, the last one none.
-    waiting = 1 + (steady.tokens_before(sizes, per_shard, context) if batch > 1 else 0)
-    prompt = max(1, context - timed // 2 - waiting // 2)
-    return DecodePlan(batch, prompt, dispatches, prompt + PAGE_SIZE // 2 + waiting + timed)
+    prompt, most = max(1, context - timed // 2), 0
+    for _ in range(4 if batch > 1 else 0):  # a shorter prompt takes fewer steps, and so on
+        usual, most = steady.steps_before(sizes, per_shard, prompt)
+        prompt = max(1, context - timed // 2 - (usual + 1) // 2)
+    return DecodePlan(batch, prompt, dispatches, prompt + PAGE_SIZE // 2 + 1 + most + timed)
 
 
 class DecodeSampler:

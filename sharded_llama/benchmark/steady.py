@@ -138,9 +138,10 @@ def bare_seconds(runner: Runner, work: Work, repeats: int) -> float:
     return float(np.median(rounds[1:]))
 
 
-def tokens_before(sizes: Sizes, batch: int, prompt: int) -> int:
-    """Tokens that the first of `batch` sequences of a data shard generates at most before all of them decode."""
+def steps_before(sizes: Sizes, batch: int, prompt: int) -> tuple[int, int]:
+    """Steps before all of `batch` sequences of a data shard decode: as a rule, and at most."""
     blocks = batch * -(-(prompt + PAGE_SIZE) // sizes.block)
     blocks_per_step = max(1, min(sizes.max_blocks, (sizes.max_tokens - batch) // sizes.block))
+    usual = -(-blocks // blocks_per_step)
     # Every chunk may leave a part of a block unused, and the engine is one dispatch ahead.
-    return -(-blocks // blocks_per_step) + batch
+    return usual, usual + batch
