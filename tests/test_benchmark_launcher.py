@@ -16,7 +16,6 @@ from sharded_llama.engine.llm import LLM
 from sharded_llama.errors import EngineError, ShardedLlamaError
 from sharded_llama.mesh import make_mesh
 
-
 ROOT = Path(__file__).parent.parent
 TRACE = ROOT / "../shared/data/traces/sharegpt-llama-3.1-8b-300-sps10.jsonl"
 MODEL = {"n_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 32, "vocab_size": 64}

@@ -16,7 +16,6 @@ from sharded_llama.kv_cache import EIGHT_BIT, PAGE_SIZE, KVPages
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sharding import DATA, MODEL, SPECS
 
-
 HEADS, WIDTH = 8, 16
 KEPT = 2 * BLOCK  # in place of the module's: what is beyond is computed twice
 LONG = 4 * BLOCK // PAGE_SIZE + 3  # pages of a table of more than four blocks

@@ -22,7 +22,6 @@ from sharded_llama.errors import CheckpointError, ConfigError, EngineError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import Mode
 
-
 SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 18, "decode_steps": 1, "progress": False}
 PHASES = ["config", "memory plan", "compile", "waiting for weights", "pages"]
 PATIENCE = 60  # seconds after which what never happens fails the test
