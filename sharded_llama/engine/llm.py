@@ -205,11 +205,17 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The engine, made now if it is not there yet, with the weights. Raises as `weights`."""
+        engine = self._planned_engine
+        if self._engine_waits:
+            engine.load(self.weights, self.draft and self.draft.weights)
+            self._engine_waits = False
+        return engine
+
+    @property
+    def _planned_engine(self) -> Engine:
+        """The engine, whose weights may be on their way: enough to check requests."""
         if self._engine is None:
             self._engine = self._new_engine(ahead=False)
-        if self._engine_waits:
-            self._engine.load(self.weights, self.draft and self.draft.weights)
-            self._engine_waits = False
         return self._engine
 
     def _new_engine(self, ahead: bool) -> Engine:
@@ -311,10 +317,10 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as `generate` uses them. Raises RequestError when the model cannot take it."""
         if not isinstance(prompt, str):
-            return self.engine.check_prompt(prompt)
+            return self._planned_engine.check_prompt(prompt)
         if self.tokenizer is None:
             raise RequestError("the model was loaded without a tokenizer; give the prompt as token ids.")
-        return self.engine.check_prompt(encode_text(self.tokenizer, self.config, prompt))
+        return self._planned_engine.check_prompt(encode_text(self.tokenizer, self.config, prompt))
 
     def encode_chat(self, messages: Messages, **kwargs: Any) -> list[int]:
         """Token ids of a conversation up to where the assistant answers; see `tokenizer.encode_chat`."""
@@ -322,7 +328,7 @@ class LLM:
             raise RequestError("the model was loaded without a tokenizer; a conversation needs one.")
         if self.chat_template is None:
             raise RequestError("the checkpoint has no chat template; give one, or use generate.")
-        return self.engine.check_prompt(
+        return self._planned_engine.check_prompt(
             encode_chat(self.tokenizer, self.chat_template, messages, special=self._special, **kwargs)
         )
 
@@ -361,6 +367,9 @@ class LLM:
             raise RequestError(
                 f"{len(params)} sampling parameters for {len(token_ids)} prompts: give one, or one each."
             )
+        if jax.process_count() == 1:  # else process 0 does it when it adds them, and tells the others
+            for of_request in params:
+                self._planned_engine.compile_grammar(of_request)
         return [Request(*request) for request in zip(prompts, token_ids, params, strict=True)]
 
     def _answers(self, requests: list[Request], streamed: bool) -> list[Answers]:

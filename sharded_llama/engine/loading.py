@@ -66,7 +66,7 @@ class OpenedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Stoppable:
-    """A `CheckpointSource` whose reads fail as soon as `stopping` is set."""
+    """A `CheckpointSource` whose reads fail as soon as `stopping` is set, or the program ends."""
 
     source: CheckpointSource
     stopping: threading.Event
@@ -90,7 +90,7 @@ class _Stoppable:
         return self.source.stored_name(name)
 
     def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
-        if self.stopping.is_set():
+        if self.stopping.is_set() or not threading.main_thread().is_alive():
             raise EngineError(f"{self.location}: reading the weights was stopped.")
         return self.source.read(name, slices, out)
 

@@ -1,6 +1,8 @@
 """Starting: steps are compiled while weights are read, errors of either come alone, and every second has a name."""
 
 import gc
+import subprocess
+import sys
 import threading
 import types
 
@@ -18,9 +20,10 @@ from sharded_llama.engine.loading import LOADING_THREAD, Loading, load_model, op
 from sharded_llama.engine.memory import LOADING_BYTES, expected_in_use, plan_pages, rounded_down
 from sharded_llama.engine.options import EngineOptions, sizes_of
 from sharded_llama.engine.runner import Runner
-from sharded_llama.errors import CheckpointError, ConfigError, EngineError
+from sharded_llama.errors import CheckpointError, ConfigError, EngineError, RequestError
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import Mode
+from sharded_llama.sampling.structured import StructuredOutputs
 
 SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 18, "decode_steps": 1, "progress": False}
 PHASES = ["config", "memory plan", "compile", "waiting for weights", "pages"]
@@ -441,3 +444,55 @@ def pages_on_accelerator(monkeypatch, config, in_use, **kwargs):
         patch.setattr(memory, "page_bytes", lambda *_: 1 << 16)
         patch.setattr(memory, "_temporary_bytes", lambda *_: 10 << 20)
         return plan_pages(config, mesh, "blockwise", options, sizes_of(options, make_mesh(1, 1)), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([1] * 10_000, {}, "10000 tokens"),
+        ([1, 2], {"structured_outputs": StructuredOutputs(regex="(")}, "needs a tokenizer"),
+    ],
+)
+def test_requests_are_refused_while_weights_are_read(source, new_llm, prompt, settings, message):
+    seen = threading.Event()
+    source.before = waiting_for(seen)
+    llm = new_llm()
+    try:
+        with pytest.raises(RequestError, match=message):
+            llm.stream([prompt], **settings)
+        assert source.n_reads == 0
+    finally:
+        seen.set()
+        llm.shutdown()
+
+
+def test_a_program_that_ends_does_not_wait_for_weights(folder, tmp_path):
+    """Its last error is all that is left to say."""
+    program = f"""
+import time
+from sharded_llama.checkpoint import open_checkpoint
+from sharded_llama.engine.llm import LLM
+
+class Slow:
+    def __init__(self, source):
+        self.source = source
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def read(self, name, slices, out):
+        with open({str(tmp_path / "reads")!r}, "a") as file:
+            file.write(name + " ")
+        time.sleep(1)
+        return self.source.read(name, slices, out)
+
+llm = LLM(Slow(open_checkpoint({str(folder)!r})), skip_tokenizer=True, progress=False)
+raise SystemExit("an error of the caller")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "an error of the caller"), done.stderr
+    n_tensors = len(open_checkpoint(folder).tensors)
+    reads = (tmp_path / "reads").read_text().split() if (tmp_path / "reads").exists() else []
+    assert len(reads) < n_tensors
