@@ -1,5 +1,6 @@
 """The benchmark launcher on a tiny model: what each mode measures, writes and draws, and one message for a mistake."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from launch import benchmark
 from sharded_llama.benchmark import ceilings, fit, run
 from sharded_llama.checkpoint import save_weights
 from sharded_llama.config import LlamaConfig
@@ -19,8 +19,29 @@ from sharded_llama.mesh import make_mesh
 ROOT = Path(__file__).parent.parent
 TRACE = ROOT / "../shared/data/traces/sharegpt-llama-3.1-8b-300-sps10.jsonl"
 MODEL = {"n_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 32, "vocab_size": 64}
+OWN = {}  # flags of this launcher that another has too
 # Few shapes of steps to compile.
 SMALL = ("--max_num_seqs=2", "--max_num_batched_tokens=34", "--decode_steps=2", "--rounds=2")
+
+
+def launcher():
+    return importlib.import_module("launch.benchmark")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_flags():
+    """launch.compare, which other tests import in this process, has a --mode too."""
+    theirs = flags.FLAGS.get("mode", None)
+    if theirs is not None:
+        delattr(flags.FLAGS, "mode")
+    if "launch.benchmark" in sys.modules:
+        flags.FLAGS["mode"] = OWN["mode"]
+    launcher()
+    OWN["mode"] = flags.FLAGS["mode"]
+    yield
+    delattr(flags.FLAGS, "mode")
+    if theirs is not None:
+        flags.FLAGS["mode"] = theirs
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +64,7 @@ def launch(*args):
     """The launcher within this process."""
     with flagsaver.flagsaver():
         flags.FLAGS(["benchmark", *map(str, args)])
-        benchmark.main()
+        launcher().main()
 
 
 @pytest.fixture
@@ -189,7 +210,7 @@ def test_two_starts_of_new_processes(checkpoint, tmp_path, monkeypatch, capsys):
 def test_random_weights_of_a_config():
     with flagsaver.flagsaver():
         flags.FLAGS(["benchmark", f"--config={ROOT}/configs/demo.py", "--random_weights", "--dtype=float32"])
-        opened = benchmark.open_model()
+        opened = launcher().open_model()
         llm = opened.make()
     assert (opened.source, llm.config.dim, llm.config.dtype) == (None, 256, "float32")
     assert llm.weights.tok_embeddings.shape == (1024, 256)
@@ -244,9 +265,9 @@ class TestMistakes:
         def fail(*_):
             raise AssertionError("something was loaded or measured")
 
-        monkeypatch.setattr(benchmark.Opened, "make", fail)
-        monkeypatch.setattr(benchmark.run, "measure", fail)
-        monkeypatch.setattr(benchmark.single, "load_seconds", fail)
+        monkeypatch.setattr(launcher().Opened, "make", fail)
+        monkeypatch.setattr(launcher().run, "measure", fail)
+        monkeypatch.setattr(launcher().single, "load_seconds", fail)
 
     @pytest.mark.parametrize(
         ("args", "message"),

@@ -91,7 +91,9 @@ def test_two_processes(tmp_path: Path):
     for data in (1, 2):  # each wrote about half: of what `data` repeats, the replicas share the writing too
         folder = tmp_path / f"two-{data}"
         written = [sum(f.stat().st_size for f in folder.glob(f"weights/ocdbt.process_{i}/d/*")) for i in range(2)]
-        assert all(0.4 * size < count < 0.6 * size for count in written), (written, size)
+        # Beside the tensors there are nodes of the tree, which are written anew as often as commits happen to meet.
+        assert all(0.4 * sum(written) < count < 0.6 * sum(written) for count in written), written
+        assert 0.9 * size < sum(written) < 1.2 * size, (written, size)
         loaded = load_weights(open_checkpoint(folder), EVEN, mesh=make_mesh(1, 1))
         jax.tree.map(assert_bits_equal, loaded, expected_weights(state, EVEN, 1))
 
