@@ -326,7 +326,7 @@ def transformer_layer(
         h, x = sum_norm(h, added, w.attention_norm)
         x = probe("attention_norm", x)
         qkv = project_qkv(x, w.wqkv)
-        if fused and pages.scale_NPG is None:
+        if fused and pages.kv_NPGK.dtype == qkv.dtype:
             q_HK, pages = rotate_write(qkv, *rotary, pages, places.at_T)
         else:
             q_HK, k_GK, v_GK = map(probe, "qkv", split_qkv(qkv))

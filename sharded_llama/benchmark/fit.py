@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..config import LlamaConfig
-from ..engine.memory import CPU_BYTES
+from ..engine.memory import CPU_BYTES, allowed_bytes
 from ..engine.options import EngineOptions, Sizes, pages_per_sequence, sizes_of
 from ..errors import ConfigError
 from ..kv_cache import page_bytes
@@ -44,7 +44,7 @@ def room_of(config: LlamaConfig, mesh: Mesh, options: EngineOptions) -> Room:
         cache = (options.kv_cache_bytes or CPU_BYTES) // mesh.size
         origin = f"kv_cache_bytes={options.kv_cache_bytes or CPU_BYTES} over {mesh.size} devices"
     elif memory is not None:
-        cache = int(min(memory, options.memory_utilization * memory)) - weights
+        cache = min(memory, allowed_bytes(mesh, options, memory)) - weights
         origin = f"{memory / 1e9:.1f} GB of a device, of which weights take {weights / 1e9:.1f}"
     else:
         cache, origin = None, ""

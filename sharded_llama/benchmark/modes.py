@@ -1,6 +1,6 @@
 """Each measurement on an engine that runs, as rows of results with their limits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,15 +118,17 @@ def throughput(
 
 def _workloads(
     engine: Engine, settings: Settings, rng: np.random.Generator, number: int
-) -> list[tuple[str, list[Request]]]:
-    """Names and requests of run `number`, whose prompts no run before it had."""
+) -> Iterator[tuple[str, list[Request]]]:
+    """Names and requests of run `number`, whose prompts no run before it had; one by one, as they are large."""
     vocab_size = engine.config.vocab_size
-    found = [(str(lengths), workload.fixed(lengths, vocab_size, rng)) for lengths in settings.requests]
+
+    def arriving(requests: list[Request]) -> list[Request]:
+        return requests if settings.own_arrivals else workload.poisson(requests, settings.request_rate, rng)
+
+    for lengths in settings.requests:
+        yield str(lengths), arriving(workload.fixed(lengths, vocab_size, rng))
     if settings.trace is not None:
-        found.append(("trace", requests_of(settings.trace, vocab_size, rng, shift=SHIFT * number)))
-    if settings.own_arrivals:
-        return found
-    return [(name, workload.poisson(requests, settings.request_rate, rng)) for name, requests in found]
+        yield "trace", arriving(requests_of(settings.trace, vocab_size, rng, shift=SHIFT * number))
 
 
 def _run_row(

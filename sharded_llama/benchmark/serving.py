@@ -114,13 +114,13 @@ def through_engine(engine: Engine, requests: Sequence[Request], max_concurrency:
     waiting = collections.deque(sorted(enumerate(requests), key=lambda item: item[1].arrival_s))
     sent: dict[str, tuple[int, float, list[tuple[float, int]]]] = {}
     served: dict[int, Served] = {}
-    limit = max_concurrency or len(requests)
+    free = collections.deque([0.0] * min(max_concurrency or len(requests), len(requests)))  # since when, of each place
     start = time.perf_counter()
     while waiting or sent:
-        while waiting and len(sent) < limit and waiting[0][1].arrival_s <= time.perf_counter() - start:
+        while waiting and free and waiting[0][1].arrival_s <= time.perf_counter() - start:
             number, request = waiting.popleft()
-            # An arrival that came during a step is counted from when it came.
-            at = time.perf_counter() - start if max_concurrency else request.arrival_s
+            # What came, or could have gone on, during a step is counted from then.
+            at = max(request.arrival_s, free.popleft())
             engine.add_request(f"run-{number}", request.prompt, greedy(request.n_out))
             sent[f"run-{number}"] = number, at, []
         if not sent:
@@ -136,6 +136,7 @@ def through_engine(engine: Engine, requests: Sequence[Request], max_concurrency:
                 request = requests[number]
                 served[number] = _checked(Served(at, arrivals, len(request.prompt), request.n_out), number)
                 del sent[delta.request_id]
+                free.append(time.perf_counter() - start)
     while engine.has_unfinished:  # a step that was queued ahead
         engine.step()
     return [served[number] for number in range(len(requests))]

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 LARGEST = 1 << 24  # of any size that a flag gives
 MAX_ITEMS = 64  # of any list that a flag gives
 MAX_REQUESTS = 1_000_000
-MAX_TOKENS = 1 << 30  # of all prompts and answers of a run
+MAX_TOKENS = 1 << 26  # of all prompts and answers of a run: some 2.5 GB as Python's numbers
 MAX_RATE = 1e6  # requests per second
 
 

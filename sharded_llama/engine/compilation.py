@@ -56,7 +56,7 @@ class CompileCounter:
         """threads: how the names begin of the threads whose compilations count; default: all."""
         self.count = 0
         self.cached = 0  # of `count`: those that came from the disk
-        self._threads = threads
+        self._threads, self._lock = threads, threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._count)
         jax.monitoring.register_event_listener(self._count_cached)
 
@@ -68,10 +68,14 @@ class CompileCounter:
         jax.monitoring.unregister_event_listener(self._count_cached)
 
     def _count(self, event: str, duration: float, **_: object) -> None:
-        self.count += event == COMPILE_EVENT and self._is_of_interest()
+        if event == COMPILE_EVENT and self._is_of_interest():
+            with self._lock:
+                self.count += 1
 
     def _count_cached(self, event: str, **_: object) -> None:
-        self.cached += event == CACHE_HIT_EVENT and self._is_of_interest()
+        if event == CACHE_HIT_EVENT and self._is_of_interest():
+            with self._lock:
+                self.cached += 1
 
     def _is_of_interest(self) -> bool:
         return threading.current_thread().name.startswith(self._threads)

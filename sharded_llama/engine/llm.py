@@ -163,6 +163,7 @@ class LLM:
                 self._loading.result()
         self._engine: Engine | None = None
         self._engine_waits = False  # for weights
+        self._shut_down = False
         self._mailboxes: dict[str, _Mailbox] = {}  # of every run under way, by request
         self._n_requests = 0
         self._open_run: Stream | None = None
@@ -215,6 +216,7 @@ class LLM:
     def _planned_engine(self) -> Engine:
         """The engine, whose weights may be on their way: enough to check requests."""
         if self._engine is None:
+            self._check_alive()
             self._engine = self._new_engine(ahead=False)
         return self._engine
 
@@ -229,7 +231,7 @@ class LLM:
             attention=self.backend,
             tokenizer=self.tokenizer,
             draft=self._draft_config and (self._draft_config, None if waits else self.draft.weights),
-            expected_bytes=self._expected_bytes,
+            expected_bytes=self._expected_bytes if waits else None,
             ahead=ahead,
         )
 
@@ -243,6 +245,7 @@ class LLM:
         try:
             with CompileCounter(COMPILE_THREADS) as counter, no_garbage_collection():
                 if self._engine is None:
+                    self._check_alive()
                     with self.phases.of(PLANNING):
                         self._engine = self._new_engine(ahead=True)
                 with self.phases.of(COMPILING):
@@ -262,10 +265,14 @@ class LLM:
     def shutdown(self) -> None:
         """Frees the cache, and ends the reading of weights. Weights that are there stay; what asks for an answer after
         that raises EngineError."""
+        self._shut_down, self._engine_waits = True, False
         self._loading.stop()
-        self._engine_waits = False
         if self._engine is not None:
             self._engine.shutdown()
+
+    def _check_alive(self) -> None:
+        if self._shut_down:
+            raise EngineError("the model was shut down; make a new LLM.")
 
     def generate(
         self,

@@ -66,7 +66,7 @@ class OpenedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Stoppable:
-    """A `CheckpointSource` whose reads fail as soon as `stopping` is set, or the program ends."""
+    """A `CheckpointSource` whose reads fail as soon as `stopping` is set."""
 
     source: CheckpointSource
     stopping: threading.Event
@@ -90,7 +90,7 @@ class _Stoppable:
         return self.source.stored_name(name)
 
     def read(self, name: str, slices: tuple[slice, ...], out: np.ndarray) -> int:
-        if self.stopping.is_set() or not threading.main_thread().is_alive():
+        if self.stopping.is_set():
             raise EngineError(f"{self.location}: reading the weights was stopped.")
         return self.source.read(name, slices, out)
 
@@ -98,7 +98,7 @@ class _Stoppable:
 class Loading:
     """Models whose weights a thread of its own reads, one after the other, while the caller does something else.
 
-    The thread ends with the last of them, with the first error, or by `stop`.
+    The thread ends with the last of them, with the first error, by `stop`, or with the program.
     """
 
     def __init__(self, models: Sequence[OpenedModel | LoadedModel], progress: bool = True):
@@ -142,6 +142,8 @@ class Loading:
             self._loaded: Future[list[LoadedModel]] = Future()
             self._loaded.set_result(list(self._models))
             return
+        # A program that ends waits for the threads of pools, which would read on. Nothing public is called before that.
+        threading._register_atexit(self._stopping.set)
         thread = ThreadPoolExecutor(1, thread_name_prefix=LOADING_THREAD)
         # JAX's settings are each thread's own; this is the one that matters.
         self._loaded = thread.submit(self._load, self._stopping, jax.config.jax_enable_x64)

@@ -115,10 +115,8 @@ def _free_on_accelerator(
     mesh: Mesh, options: EngineOptions, stats: dict[str, int], used: int, temporaries: int
 ) -> tuple[int, str]:
     """Bytes of a device that are left for pages, and in words where they come from."""
-    limit, total = stats["bytes_limit"], stats["bytes_limit"]
-    if mesh.devices.flat[0].platform == "gpu":
-        total = int(limit / (given_fraction() or JAX_FRACTION))
-    allowed = int(options.memory_utilization * total)
+    limit = stats["bytes_limit"]
+    allowed = allowed_bytes(mesh, options, limit)
     if allowed > limit:
         logging.warning(
             "memory_utilization=%.2f asks for %.1f GB of the card, but JAX was started with %.1f GB: set %s before JAX "
@@ -131,6 +129,13 @@ def _free_on_accelerator(
         "temporaries"
     )
     return max(0, free), origin
+
+
+def allowed_bytes(mesh: Mesh, options: EngineOptions, limit: int) -> int:
+    """Bytes of a device that the engine may take, where JAX has `limit`, which is a part of a GPU's memory."""
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    total = int(limit / (given_fraction() or JAX_FRACTION)) if is_gpu else limit
+    return int(options.memory_utilization * total)
 
 
 def rounded_down(n_pages: int) -> int:

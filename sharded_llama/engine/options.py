@@ -13,6 +13,7 @@ from ..sharding import DATA
 from .steps import StepShape
 
 BLOCK = 16  # tokens in a row of a prompt's chunk
+FEW_BLOCKS = 4  # of which a step of prompts has room at least, if the largest has
 FEW_SLOTS = 16  # answers beside which a step of prompts does without rows for all
 # Defaults per data shard: on accelerators a decode step of 256 rows costs little more than one of 64; on CPUs every row
 # costs, and compiling for many shapes would take longer than the answers.
@@ -139,8 +140,8 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
     # Prompts alone, beside a few answers, beside as many as there can be.
     mixed_singles = sorted({*(() if on_cpu else (0,)), min(slots, FEW_SLOTS), slots})
     # What is computed for nothing costs more on CPUs, and another executable less.
-    parts = (8, 4, 2, 1) if on_cpu else (8, 1)
-    mixed_blocks = sorted({max_blocks // part or max_blocks for part in parts})
+    parts = (8, 4, 2) if on_cpu else (8,)
+    mixed_blocks = sorted({max_blocks, *(max_blocks // part for part in parts if max_blocks >= FEW_BLOCKS * part)})
     shapes = [StepShape(n, 0, 1) for n in singles]
     shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
     decode_steps = options.decode_steps or (4 if on_cpu else 1)

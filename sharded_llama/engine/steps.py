@@ -142,11 +142,13 @@ def _step_rows(
 ) -> StepRows:
     """One device's rows, with the tables and tokens of their slots."""
     slot_R = rows_RX[:, Column.SLOT]
-    given_B = rows_RX[:n_single, Column.TOKEN]
-    newest_B = tokens_S.at[slot_R[:n_single]].get(mode="fill", fill_value=0)
-    tokens_B = jnp.where(given_B == FROM_SLOT, newest_B, given_B)
+    tokens = [] if tokens_CQ is None else [tokens_CQ.reshape(-1)]
+    if n_single:
+        given_B = rows_RX[:n_single, Column.TOKEN]
+        newest_B = tokens_S.at[slot_R[:n_single]].get(mode="fill", fill_value=0)
+        tokens = [jnp.where(given_B == FROM_SLOT, newest_B, given_B), *tokens]
     return StepRows(
-        tokens_T=tokens_B if tokens_CQ is None else jnp.concatenate([tokens_B, tokens_CQ.reshape(-1)]),
+        tokens_T=jnp.concatenate(tokens) if len(tokens) > 1 else tokens[0],
         start_R=rows_RX[:, Column.START],
         length_R=rows_RX[:, Column.LENGTH],
         tables_RW=tables_SW.at[slot_R].get(mode="clip"),

@@ -45,7 +45,7 @@ def rotate_write(
     kernel = functools.partial(_rotate_write, kv_heads=kv_heads, n_queries=rows - 2, half=width // 2)
     q_RK, kv_RK = pl.pallas_call(
         kernel,
-        grid=(kv_heads, n_tokens),
+        grid=(n_tokens, kv_heads),  # only the first axis may be longer than 65,535
         out_shape=(
             jax.ShapeDtypeStruct((n_tokens * kv_heads * (rows - 2), width), qkv.dtype),
             jax.ShapeDtypeStruct((kv_NPGK.size // width, width), kv_NPGK.dtype),
@@ -72,7 +72,7 @@ def _rotate_write(
     half: int,
 ) -> None:
     """One program: the queries, key and value of a kv head x a token."""
-    head, token = pl.program_id(0), pl.program_id(1)
+    token, head = pl.program_id(0), pl.program_id(1)
     row_M = jnp.arange(1 << (n_queries + 1).bit_length(), dtype=jnp.int32)
     column_K = jnp.arange(1 << (half - 1).bit_length(), dtype=jnp.int32)
     shape = (row_M.shape[0], column_K.shape[0])

@@ -40,7 +40,7 @@ def test_lengths_and_rows():
         ("0x2x3", "0 must be from 1"),
         ("1x99999999x3", "99999999 must be from 1 to 16777216"),
         ("2000000x1x1", "at most 1000000 requests"),
-        ("1000000x16000x1", "at most 1000000 requests and 1073741824 tokens"),
+        ("1000000x16000x1", "at most 1000000 requests and 67108864 tokens"),
         ("9" * 5000, "is not NxINxOUT"),
     ],
 )

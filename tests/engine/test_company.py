@@ -153,7 +153,7 @@ def test_deterministic_in_runs_is_bitwise(new_engine, monkeypatch, n_trials):
     assert all(answers == alone for answers in together)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(2, 2)], ids=str)
 def test_otherwise_up_to_rounding(new_engine, mesh_shape, n_trials):
     """The same tokens in float32; log-probabilities as near as rounding leaves them."""
     alone, *together = trials(new_engine(mesh_shape, "float32", n_layers=2), n_trials)

@@ -146,7 +146,9 @@ def test_temporary_memory_hardly_grows_with_the_context(shape):
 def test_no_array_is_empty():
     """XLA's compiler for several GPUs crashes on programs that are given empty arrays."""
     runner = make_runner((2, 4))
-    for executable in (runner._forward(DECODE), runner._forward(MIXED), runner._decode_several(DECODE, 4, Mode.GREEDY)):
+    prompts = DECODE._replace(n_single=0, n_blocks=2, block=16)
+    forwards = [runner._forward(shape) for shape in (DECODE, MIXED, prompts)]
+    for executable in (*forwards, runner._decode_several(DECODE, 4, Mode.GREEDY)):
         assert all(math.prod(x.shape) for x in jax.tree.leaves(executable.args_info))
         assert not re.search(r"\b(pred|[suf]\d+)\[(\d+,)*0(,\d+)*\]", executable.as_text())
 

@@ -41,8 +41,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(attention, "paged_rows_gpu", functools.partial(attention.paged_rows_gpu, interpret=True))
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize(
+    ("mesh_shape", "kv_dtype"), [((2, 2), "auto"), ((1, 1), "bfloat16"), ((1, 2), "int8")], ids=str
+)
 def test_equals_plain_jax(interpreted, mesh_shape, kv_dtype):
     """A chunk of a prompt, and then tokens one by one: logits, metrics, and what is in the pages."""
     mesh = make_mesh(*mesh_shape)
@@ -62,7 +63,7 @@ def test_equals_plain_jax(interpreted, mesh_shape, kv_dtype):
         results[backend] = seen, [np.asarray(layer.kv_NPGK, np.float32) for layer in pages]
     (ours, our_pages), (theirs, their_pages) = results["gpu"], results["blockwise"]
     for a, b in zip(ours, theirs, strict=True):
-        assert distance(a, b) < 1e-5
+        assert distance(a, b) < (2e-4 if kv_dtype == "bfloat16" else 1e-5)
     for a, b in zip(our_pages, their_pages, strict=True):
         # A value that lies between two of an 8-bit type may round to either.
         assert distance(a, b) < (1e-6 if kv_dtype == "auto" else 1e-2)
