@@ -178,7 +178,7 @@ class TestSampling:
         params = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=11, max_tokens=16)
         expected = generate(llm, "the cat", params)[0].token_ids
         assert generate(llm, ["mat", "on the mat", "the cat", "sat"], params)[2].token_ids == expected
-        for mesh_shape in ((1, 1), (8, 1), (1, 8)):
+        for mesh_shape in ((8, 1), (1, 8)):
             other = load(folder, mesh=make_mesh(*mesh_shape))
             assert generate(other, "the cat", params)[0].token_ids == expected
 

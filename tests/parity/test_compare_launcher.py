@@ -144,8 +144,7 @@ def rows(report: dict[str, Any], mode: str) -> list[dict[str, Any]]:
 # --- runs of whole commands
 
 
-def test_a_checkpoint_with_a_tokenizer_on_eight_devices(short_demo, tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)  # as a user runs it
+def test_a_checkpoint_with_a_tokenizer_on_eight_devices(short_demo, tmp_path):
     flags_given = (f"--checkpoint={short_demo}", "--simulate_devices=8", "--mesh=data:2,model:4")
     files = (f"--json={tmp_path / 'report.json'}", f"--plot={tmp_path / 'errors.png'}")
     ((status, stdout, stderr),) = finish(start(*flags_given, *files))
