@@ -25,8 +25,8 @@ from sharded_llama.parity.transformers_model import open_transformers
 MESHES = [(1, 1), (1, 2), (2, 4), (1, 8)]
 DTYPES = ["float64", "float32", "bfloat16"]
 FAMILIES = list(distinct_families())
-# Compared in whole prompts too, each in another type: plain and scaled rotary embeddings, one kv head, three query heads
-# for each, a tied output.
+# Compared in whole prompts too, each in another type: plain and scaled rotary embeddings, one kv head, three query
+# heads for each, a tied output.
 WHOLE = ("llama2_70b", "llama3_2_1b", "llama3_2_3b")
 Case = tuple[str, str, tuple[int, int]]  # model, type, mesh
 TOKENS = np.random.default_rng(1).integers(0, 131, (3, 13))  # 3 rows do not divide over data:2
