@@ -265,7 +265,7 @@ def save(model: LLM, results: list[Row]) -> None:
         "engine": engine_flags.engine_options(),
         "prompt": PROMPT.value,
     }
-    print(record.save(NAME.value, model.mesh, asked, results, OUT.value))
+    print(record.save(NAME.value, record.device_of(model.mesh), asked, results, OUT.value))
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ def main(_: list[str]) -> None:
         "largest_tensor_bytes": max(sizes),
         "threads": THREADS,
     }
-    print(record.save(NAME.value, next(iter(meshes.values())), workload, results, OUT.value))
+    print(record.save(NAME.value, record.device_of(next(iter(meshes.values()))), workload, results, OUT.value))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main(_: list[str]) -> None:
             results.append(row)
     workload = {name: flags.FLAGS[name].value for name in ("running", "waiting", "prompt", "generate")}
     host = Mesh(np.array(jax.devices("cpu")[:1]), ("host",))  # no device is used; the record wants a name
-    print(record.save(NAME.value, host, workload | {"processor": processor()}, results, OUT.value))
+    print(record.save(NAME.value, record.device_of(host), workload | {"processor": processor()}, results, OUT.value))
 
 
 if __name__ == "__main__":

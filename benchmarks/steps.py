@@ -242,7 +242,7 @@ def main(_: list[str]) -> None:
         "backend": choose_backend(config, mesh.devices.flat[0]),
         "copy_bytes_per_s": bandwidth,
     }
-    print(record.save(NAME.value, mesh, workload, results, OUT.value))
+    print(record.save(NAME.value, record.device_of(mesh), workload, results, OUT.value))
 
 
 if __name__ == "__main__":

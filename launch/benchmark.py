@@ -122,7 +122,7 @@ def run_load(settings: Settings) -> tuple[run.Measured, Row]:
     seconds, nbytes = [s for s, _ in samples], samples[0][1]
     row = {"what": "load", "format": opened.source.format, "gb": nbytes / 1e9, "seconds": median(seconds)}
     row |= {"first_s": seconds[0], "gb_per_s": nbytes / 1e9 / median(seconds), "samples": seconds}
-    return run.Measured([row], {}, {}, device_of(opened.mesh)), workload_of(settings, opened)
+    return run.Measured([row], {}, {}, record.device_of(opened.mesh)), workload_of(settings, opened)
 
 
 def run_start(settings: Settings) -> tuple[run.Measured, Row]:
@@ -131,7 +131,7 @@ def run_start(settings: Settings) -> tuple[run.Measured, Row]:
     opened = open_model()
     fit.room_of(opened.config, opened.mesh, EngineOptions.make(**engine_flags.engine_options()))
     row = startup.start_here(began, opened.make)
-    return run.Measured([row], {}, {}, device_of(opened.mesh)), workload_of(settings, opened)
+    return run.Measured([row], {}, {}, record.device_of(opened.mesh)), workload_of(settings, opened)
 
 
 def run_startup(settings: Settings) -> tuple[run.Measured, Row]:
@@ -153,10 +153,6 @@ RUNS: dict[str, Callable[[Settings], tuple[run.Measured, Row]]] = {
 def this_launcher() -> list[str]:
     """The command that runs this launcher with the flags it was given."""
     return [sys.executable, "-m", f"{__package__}.benchmark", *sys.argv[1:]]
-
-
-def device_of(mesh: Mesh) -> str:
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
 
 
 def workload_of(settings: Settings, opened: Opened) -> Row:
@@ -198,7 +194,7 @@ def main() -> None:
     measured, workload = RUNS[settings.mode](settings)
     print_result(settings.mode, measured)
     versions = ("jaxlib", *given.PEER_VERSIONS.get(settings.peer, ()))
-    path = record.write(
+    path = record.save(
         given.name(),
         measured.device,
         workload,

@@ -9,7 +9,7 @@ order (flash decoding: Dao et al., 2023). What a query gives depends on its row 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +149,9 @@ def _attend_rows(
     n_pages, page_size = pages.kv_NPGK.shape[:2]
     (batch, table), width, kv_heads = tables_BW.shape, q_QK.shape[-1], pages.kv_NPGK.shape[2] // 2
     queries, capacity = length * heads // kv_heads, table * page_size
-    tile = min(tuning.tile, _power_of_two(queries))
+    tile = min(tuning.tile, power_of_two(queries))
     n_tiles = pl.cdiv(queries, tile)
-    block = min(tuning.block, _power_of_two(capacity))
+    block = min(tuning.block, power_of_two(capacity))
     if n_splits is None:
         n_splits = _choose_splits(batch * kv_heads * n_tiles, pl.cdiv(capacity, block))
     sizes = _Sizes(
@@ -228,7 +228,7 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
     position_M = start + token_M
     at_M = (row * sizes.length + token_M) * sizes.heads + head * sizes.group + lax.rem(query_M, sizes.group)
     in_q_M = sizes.first * sizes.heads + at_M
-    column_K = _iota(_power_of_two(sizes.width))
+    column_K = _iota(power_of_two(sizes.width))
     is_query_M = token_M < sizes.length
     is_query_MK = _mask(is_query_M, column_K, sizes.width)
 
@@ -247,12 +247,7 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
             position_S = i * sizes.block + _iota(sizes.block)
             seen_S = position_S < end
             seen_SK = _mask(seen_S, column_K, sizes.width)
-            page_S = plgpu.load(
-                table_ref.at[row * sizes.table + lax.div(position_S, sizes.page_size)], mask=seen_S, other=0
-            )
-            page_S = jnp.minimum(jnp.maximum(page_S, 0), sizes.n_pages - 1)  # rows that are not used hold anything
-            place_S = page_S * sizes.page_size + lax.rem(position_S, sizes.page_size)
-            key_S = place_S * (2 * sizes.kv_heads) + 2 * head
+            key_S = find_keys(table_ref, row, head, position_S, seen_S, sizes)
             value_S = key_S + 1
 
             k_SK, v_SK = (
@@ -293,6 +288,25 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
             plgpu.store(weighted_ref.at[part_M[:, None], column_K[None]], weighted_MK, mask=is_query_MK)
 
 
+class Pool(Protocol):
+    """What `find_keys` needs to know."""
+
+    kv_heads: int
+    n_pages: int
+    page_size: int
+    table: int
+
+
+def find_keys(
+    table_ref: jax.Ref, row: jax.Array, head: jax.Array, position_S: jax.Array, seen_S: jax.Array, pool: Pool
+) -> jax.Array:
+    """Within a kernel: the rows of the flat pages (N * P * 2G, K) with a kv head's keys at a row's positions."""
+    page_S = plgpu.load(table_ref.at[row * pool.table + lax.div(position_S, pool.page_size)], mask=seen_S, other=0)
+    page_S = jnp.minimum(jnp.maximum(page_S, 0), pool.n_pages - 1)  # rows that are not used hold anything
+    place_S = page_S * pool.page_size + lax.rem(position_S, pool.page_size)
+    return place_S * (2 * pool.kv_heads) + 2 * head
+
+
 def _end(start: jax.Array, tile: jax.Array, sizes: _Sizes) -> jax.Array:
     """One past the last position that any query of a tile sees."""
     last_token = jnp.minimum(lax.div((tile + 1) * sizes.tile - 1, sizes.group), sizes.length - 1)
@@ -330,7 +344,7 @@ def _merge(*refs: jax.Ref, sizes: _Sizes, n_given: int) -> None:
     first_S, last_S = _blocks(_end(start_ref[row], lax.div(query, sizes.tile), sizes), split_S, sizes)
     # Splits without a block have written nothing.
     written_S = (first_S < last_S) & (split_S < sizes.n_splits)
-    column_K = _iota(_power_of_two(sizes.width))
+    column_K = _iota(power_of_two(sizes.width))
     written_SK = _mask(written_S, column_K, sizes.width)
     at_S = split_S * (sizes.batch * sizes.length * sizes.heads) + at
     peak_S = plgpu.load(peak_ref.at[at_S], mask=written_S, other=NOTHING)
@@ -357,7 +371,7 @@ def _choose_splits(programs: int, n_blocks: int) -> int:
     return max(1, min(N_PROCESSORS * PROGRAMS_EACH // programs, n_blocks, MAX_SPLITS))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least power of two that is not below n, and large enough for the matrix units."""
     return max(MIN_TILE, 1 << (n - 1).bit_length())
 

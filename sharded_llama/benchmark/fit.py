@@ -3,11 +3,10 @@
 import os
 from typing import NamedTuple
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ..config import LlamaConfig
+from ..engine import runner
 from ..engine.memory import CPU_BYTES, allowed_bytes
 from ..engine.options import EngineOptions, Sizes, pages_per_sequence, sizes_of
 from ..errors import ConfigError
@@ -31,8 +30,7 @@ class Room(NamedTuple):
 def room_of(config: LlamaConfig, mesh: Mesh, options: EngineOptions) -> Room:
     """Raises ConfigError when the weights alone do not fit the devices."""
     sizes = sizes_of(options, mesh)
-    leaves = jax.tree.leaves(abstract_weights(config, mesh))
-    weights = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+    weights = runner.device_bytes(abstract_weights(config, mesh))
     memory = device_bytes(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if memory is not None and weights > memory:

@@ -19,26 +19,12 @@ PACKAGES = ("jaxlib", "torch", "transformers", "vllm")  # whose versions a resul
 MAX_NAME = 100  # characters
 
 
+def device_of(mesh: Mesh) -> str:
+    """The devices of a mesh in words."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
 def save(
-    name: str,
-    mesh: Mesh,
-    workload: dict[str, Any],
-    results: list[dict[str, Any]],
-    folder: str | Path,
-    *,
-    ceilings: dict[str, Any] | None = None,
-    versions: tuple[str, ...] = (),
-) -> Path:
-    """Writes `results` of a run on `mesh` to folder/NAME.json and returns the path.
-
-    `ceilings` are what the devices could do at best, where that was measured; `versions` names packages of PACKAGES
-    that took part. The file is whole or not there. Raises ConfigError when it cannot be written.
-    """
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    return write(name, device, workload, results, folder, ceilings=ceilings, versions=versions)
-
-
-def write(
     name: str,
     device: str,
     workload: dict[str, Any],
@@ -48,7 +34,11 @@ def write(
     ceilings: dict[str, Any] | None = None,
     versions: tuple[str, ...] = (),
 ) -> Path:
-    """`save` for a device that is known by its name alone."""
+    """Writes `results` of a run on `device` (see `device_of`) to folder/NAME.json and returns the path.
+
+    `ceilings` are what the devices could do at best, where that was measured; `versions` names packages of PACKAGES
+    that took part. The file is whole or not there. Raises ConfigError when it cannot be written.
+    """
     arguments = [a for a in sys.argv[1:] if not a.startswith("--out=")]
     made_by = {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
     record = {

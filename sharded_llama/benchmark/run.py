@@ -13,7 +13,7 @@ from ..checkpoint import save_weights
 from ..config import LlamaConfig
 from ..engine.compilation import CompileCounter
 from ..engine.llm import LLM
-from . import modes, single
+from . import modes, record, single
 from .ceilings import CUBE, matmul_rate, measure_ceilings
 from .peers import Peer
 from .peers.process import run_peer
@@ -70,7 +70,7 @@ def measure(
         engine = {"max_model_len": llm.engine.max_model_len, "slots": single.slots_of(llm.engine)}
     finally:
         llm.shutdown()
-    return Measured(rows, found, engine, f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
+    return Measured(rows, found, engine, record.device_of(mesh))
 
 
 def measure_apart(settings: Settings, command: Sequence[str], device: str) -> tuple[Measured, dict[str, Any]]:
