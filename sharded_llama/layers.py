@@ -133,9 +133,34 @@ def apply_rotary_emb(x_HK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arr
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_HK.dtype)
 
 
+def linear(x: jax.Array, w: jax.Array, *, n_inputs: int = 1, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x (.., I..) times a weight (O.., I..), of which the last `n_inputs` axes are summed over: (.., O..).
+
+    A product of two matrices, whatever the axes: of an einsum over more of them XLA's CPU compiler transposes the
+    weight in every step, which takes several times as long as the product.
+    """
+    outputs, inputs = w.shape[: w.ndim - n_inputs], w.shape[w.ndim - n_inputs :]
+    lead = x.shape[: x.ndim - n_inputs]
+    x_MI, w_OI = x.reshape(math.prod(lead), math.prod(inputs)), w.reshape(math.prod(outputs), math.prod(inputs))
+
+    def product(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+        return dot("mi,oi->mo", x_MI, w_OI, out_dtype=out_dtype)
+
+    def weight_first(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
+        # CPUs read the weight as it lies when it is the left factor: 2.5 times as fast with 8 rows, 1.3 with 100. The
+        # barrier keeps the compiler from swapping the factors back.
+        return jax.lax.optimization_barrier(dot("oi,mi->om", w_OI, x_MI, out_dtype=out_dtype)).T
+
+    if len(x_MI) == 1:  # CPUs have a function of its own for that
+        out_MO = product(x_MI, w_OI)
+    else:
+        out_MO = jax.lax.platform_dependent(x_MI, w_OI, cpu=weight_first, default=product)
+    return out_MO.reshape(*lead, *outputs)
+
+
 def project_qkv(x: jax.Array, wqkv_GRKD: jax.Array) -> jax.Array:
     """x (.., D) to (.., G, R' + 2, K): of each kv head its R' queries, then its key and its value, in one product."""
-    return dot("...d,grkd->...grk", x, wqkv_GRKD)
+    return linear(x, wqkv_GRKD)
 
 
 def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -151,7 +176,7 @@ def feed_forward(x: jax.Array, w13_2FD: jax.Array, w2_DF: jax.Array, probe: Prob
     The activation is computed in float32 and rounded once: silu in bfloat16 would round three times.
     """
     acc = accumulator(x.dtype)
-    gate_up = dot("...d,cfd->...cf", x, w13_2FD)
+    gate_up = linear(x, w13_2FD)
     gate, up = probe("gate", gate_up[..., 0, :]), probe("up", gate_up[..., 1, :])
     activation = probe("activation", (jax.nn.silu(gate.astype(acc)) * up.astype(acc)).astype(x.dtype))
-    return dot("...f,df->...d", activation, w2_DF)
+    return linear(activation, w2_DF)

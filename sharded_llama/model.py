@@ -22,8 +22,8 @@ from .kv_cache import KVPages
 from .layers import (
     Probe,
     apply_rotary_emb,
-    dot,
     feed_forward,
+    linear,
     project_qkv,
     rms_norm,
     rope_angles,
@@ -338,7 +338,7 @@ def transformer_layer(
         else:
             attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single, places.runs)
         attn_HK = probe("attn", attn_HK)
-        attn = dot("...hk,dhk->...d", attn_HK, w.wo)
+        attn = linear(attn_HK, w.wo, n_inputs=2)
 
     with jax.named_scope("feed_forward"):
         if fused:
@@ -369,7 +369,7 @@ def head(
     """h (.., D) to this shard's logits (.., V), -inf for the padding of the vocabulary."""
     x = probe("norm", rms_norm(h, norm_D, config.norm_eps))
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    logits = dot("...d,vd->...v", x, output_VD, out_dtype=acc)
+    logits = linear(x, output_VD, out_dtype=acc)
     ids_V = jax.lax.axis_index(MODEL) * output_VD.shape[0] + jnp.arange(output_VD.shape[0])
     return jnp.where(ids_V < config.vocab_size, logits, -jnp.inf)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..kv_cache import KVPages
 from .reference import finish, grouped_query_attn, merge, softmax_parts
 
-BLOCK = 512  # cached positions that are scored at a time
+BLOCK = 128  # cached positions that are scored at a time
 
 
 def paged_attn_reference(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -34,9 +34,17 @@ def paged_attn_reference(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
 def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
     """`paged_attn_reference` with BLOCK positions in memory at a time, as far as the longest row needs.
 
-    Blocks beyond a row's own length leave its sums as they are, bit for bit: what a row gives does not depend on how
-    long the others are.
+    Rows of several queries are taken one after the other, each as far as it needs itself: together they would score
+    twice as much of a prompt. Of rows of one query blocks beyond a row's own length leave its sums as they are, bit for
+    bit: what a row gives does not depend on how long the others are.
     """
+    if q_BLHK.shape[0] > 1 and q_BLHK.shape[1] > 1:
+
+        def one_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            q_LHK, table_W, start = row
+            return paged_attn_blockwise(q_LHK[None], pages, table_W[None], start[None])[0]
+
+        return jax.lax.map(one_row, (q_BLHK, tables_BW, start_B))
     length, page_size = q_BLHK.shape[1], pages.kv_NPGK.shape[1]
     n_kv_heads = pages.kv_NPGK.shape[2] // 2
     q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
