@@ -33,6 +33,7 @@ setup(
     package_data={"sharded_llama": ["demo_checkpoint/*"]},
     install_requires=[
         "absl-py>=2.1",
+        "flatbuffers>=24.3",  # jax.export keeps traced steps with it
         "jax>=0.10.2",
         "jinja2>=3.1.6",
         "ml_collections>=1.0",

@@ -23,6 +23,7 @@ from ..sharding import DATA, named_sharding, put
 from ..weights import XfmrWeights, abstract_weights
 from .compilation import COMPILE_THREADS, tell
 from .options import Sizes
+from .programs import lower, programs_folder
 from .steps import (
     Column,
     DeviceState,
@@ -101,6 +102,10 @@ class Runner:
         self.state: DeviceState | None = None
         self._forwarded: tuple | None = None  # logits that wait to be chosen from
         self._tracing = threading.Lock()
+        self._programs = programs_folder(mesh)
+        kinds = tuple(device.device_kind for device in mesh.devices.flat)
+        # All that the steps are made of beside their shapes and modes.
+        self._identity = (config, tuple(mesh.shape.items()), kinds, backend, sizes, n_pages, table_width, kv_dtype)
 
     def compile_all(self, progress: bool = True, drafts: int = 0, check: Callable[[], None] = lambda: None) -> None:
         """Compiles every step that can be asked for, several at a time.
@@ -322,13 +327,13 @@ class Runner:
         gpu_options: dict[str, Any] | None = None,
     ) -> Any:
         if key not in self._compiled:
-            # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
-            jitted = jax.jit(run, donate_argnums=donate, out_shardings=out)
             on_gpu = self.mesh.devices.flat[0].platform == "gpu"
             options = gpu_options if on_gpu else None
             with self._tracing:  # Python's own work: more threads at a time would only hinder one another, and others
                 start = time.perf_counter()
-                lowered = jitted.lower(*args)
+                # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
+                identity = (key, *self._identity)
+                lowered = lower(run, args, donate=donate, out=out, folder=self._programs, identity=identity)
             self._compiled[key] = lowered.compile(compiler_options=options)
             seconds = time.perf_counter() - start
             self.compile_s += seconds
