@@ -97,7 +97,7 @@ class KVPages(NamedTuple):
 def _put(pages: jax.Array, new: jax.Array, at_T: jax.Array) -> jax.Array:
     flat = pages.reshape(-1, *pages.shape[2:])
     if len(at_T) == 1:
-        # XLA makes a slice's update of a write at one place, and on CPUs it then copies the pool. The second is nowhere.
+        # XLA makes a slice's update of a write at one place, and on CPUs then copies the pool. The second is nowhere.
         new, at_T = jnp.concatenate([new, new]), jnp.append(at_T, flat.shape[0])
     # Places beyond the pool are all made different, so that the indices are unique as promised.
     beyond_T = flat.shape[0] + jnp.arange(at_T.shape[0], dtype=at_T.dtype)

@@ -55,6 +55,8 @@ class StepRows(NamedTuple):
     # int32, only where all rows have one token: a row's number within its run, the rows of consecutive tokens of one
     # sequence that attention takes together. None: every row for itself.
     run_place_R: jax.Array | None = None
+    # int32, the rows whose logits are wanted; beyond the rows: some row's, which nobody looks at. None: all rows.
+    chosen_E: jax.Array | None = None
 
 
 class RowPlaces(NamedTuple):
@@ -126,11 +128,12 @@ def xfmr_step(
       run_length: rows in a run at most, where rows.run_place_R says which there are.
       backend: attention backend; default: chosen from the model and the mesh's platform.
       all_logits: give the logits of all tokens, not only of each row's last.
-      with_metrics: also give the metrics of the last layer's attention at each row's last token (R, 4), see
+      with_metrics: also give the metrics of the last layer's attention at each of these rows' last token (R, 4), see
         `attention.metrics`.
 
-    Returns logits (R, V') of each row's last token, or (T, V'): float32 (float64 for a float64 model), -inf in the
-    padding of the vocabulary; and the updated pages. What comes out for padding and unused rows means nothing.
+    Returns logits (R, V') of each row's last token, of the rows that rows.chosen_E names or of all, or (T, V'): float32
+    (float64 for a float64 model), -inf in the padding of the vocabulary; and the updated pages. What comes out for
+    padding and unused rows means nothing.
     """
     check_mesh(config, mesh)
     backend = choose_backend(config, mesh.devices.flat[0], backend)
@@ -229,15 +232,16 @@ def _forward_step(
     def see(name: str, x: jax.Array) -> jax.Array:
         return seen.setdefault(name, x)
 
-    last_R = last_tokens(rows, n_single)
+    last_R = last_tokens(rows, n_single)  # R from here on: rows whose logits are wanted
     for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
         args = (layer_weights, h_TD, rotary, layer_pages, places, added)
         static = {"config": config, "backend": backend, "n_single": n_single}
         if with_metrics and i == len(pages) - 1:
             h_TD, layer_pages, added = transformer_layer(*args, **static, probe=see)
-            live_R = jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0)
+            live_R = _chosen(jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0), rows)
             kernel = paged_scores if backend == "gpu" else None
-            metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, rows.tables_RW, live_R, kernel)]
+            tables_RW = _chosen(rows.tables_RW, rows)
+            metrics = [attention_metrics(seen["q_rotated"][last_R], layer_pages, tables_RW, live_R, kernel)]
         else:
             h_TD, layer_pages, added = _layer(*args, **static)
         new_pages.append(layer_pages)
@@ -254,8 +258,13 @@ def _logits(weights: XfmrWeights, h: jax.Array, config: LlamaConfig) -> jax.Arra
 
 
 def last_tokens(rows: StepRows, n_single: int) -> jax.Array:
-    """Index (R,) into T of each row's last real token."""
-    return _first_tokens(rows, n_single) + jnp.maximum(rows.length_R - 1, 0)
+    """Index (R,) into T of the last real token of each row whose logits are wanted."""
+    return _chosen(_first_tokens(rows, n_single) + jnp.maximum(rows.length_R - 1, 0), rows)
+
+
+def _chosen(of_rows: jax.Array, rows: StepRows) -> jax.Array:
+    """What is known of each row (R, ..), for those whose logits are wanted."""
+    return of_rows if rows.chosen_E is None else of_rows.at[rows.chosen_E].get(mode="clip")
 
 
 def _first_tokens(rows: StepRows, n_single: int) -> jax.Array:

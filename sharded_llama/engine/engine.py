@@ -148,6 +148,7 @@ class Engine:
                 block=self.sizes.block,
                 max_blocks=self.sizes.max_blocks,
                 max_batched_tokens=self.sizes.max_tokens,
+                decode_row_sizes=self.sizes.beside_chunks,
                 decode_steps=self.sizes.decode_steps,
                 prefix_caching=options.enable_prefix_caching,
             )

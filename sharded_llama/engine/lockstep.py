@@ -8,7 +8,7 @@ from .options import Sizes
 from .runner import PAGE_COPIES, TABLE_CHANGES, Work
 from .steps import Column, StepShape
 
-HEADER = 14
+HEADER = 15
 STOP, WORK = 0, 1
 
 
@@ -49,12 +49,12 @@ class Lockstep:
     def receive(self) -> Work | None:
         """In the other processes."""
         message = np.asarray(multihost_utils.broadcast_one_to_all(np.zeros(self._size, np.int32)))
-        kind, n_single, n_blocks, block, n_steps, mode, tables, copies, chooses, *sizes, for_draft = message[
-            :HEADER
-        ].tolist()
+        kind, *rest = message[:HEADER].tolist()
         if kind == STOP:
             return None
-        shape = StepShape(n_single, n_blocks, block)
+        n_of_shape = len(StepShape._fields)
+        shape = StepShape(*rest[:n_of_shape])
+        n_steps, mode, tables, copies, chooses, *sizes, for_draft = rest[n_of_shape:]
         rest = message[HEADER:]
 
         def take(rows: int, width: int) -> np.ndarray:
@@ -74,7 +74,7 @@ class Lockstep:
             n_steps=n_steps,
             mode=Mode(mode),
             rows_RX=take(n * shape.n_rows, Column.COUNT) if has_rows else None,
-            tokens_CQ=take(n * n_blocks, block) if has_rows else None,
+            tokens_CQ=take(n * shape.n_blocks, shape.block) if has_rows else None,
             tables_U3=take(n * TABLE_CHANGES, 3) if tables else None,
             copies_C2=take(n * PAGE_COPIES, 2) if copies else None,
             slots_UX=receive_large(*sizes[:2]),

@@ -1,6 +1,8 @@
 """How an engine is sized: what a user may set, and what follows for a model on a mesh."""
 
 import dataclasses
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -14,6 +16,7 @@ from .steps import StepShape
 
 BLOCK = 16  # tokens in a row of a prompt's chunk
 FEW_BLOCKS = 4  # of which a step of prompts has room at least, if the largest has
+FEW_ENDS = 64  # answers and ends of prompts in a step beside few answers
 FEW_SLOTS = 16  # answers beside which a step of prompts does without rows for all
 # Defaults per data shard: on accelerators a decode step of 256 rows costs little more than one of 64; on CPUs every row
 # costs, and compiling for many shapes would take longer than the answers.
@@ -39,7 +42,7 @@ class EngineOptions:
 
     max_model_len: int | None = None  # longest prompt and answer together; default: the model's, or what memory holds
     max_num_seqs: int | None = None  # sequences that run at the same time; a multiple of data
-    max_num_batched_tokens: int | None = None  # tokens of one step, over all data shards
+    max_num_batched_tokens: int | None = None  # tokens of one step at most, over all data shards
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"  # auto: the model's type
     memory_utilization: float = 0.9  # share of an accelerator's memory for weights, cache and temporaries
@@ -102,10 +105,13 @@ class Sizes:
     decode_steps: int
     run_length: int  # where all rows have one token: consecutive ones that attention takes together
     shapes: tuple[StepShape, ...]  # of every step that is ever run, smallest first
+    # Numbers of rows of one token that have a shape of max_tokens each, together with chunks; () where there are none.
+    beside_chunks: tuple[int, ...] = ()
 
-    def shape_for(self, n_single: int, n_blocks: int) -> StepShape:
-        """The smallest shape with room for these rows."""
-        fitting = (s for s in self.shapes if s.n_single >= n_single and s.n_blocks >= n_blocks)
+    def shape_for(self, n_single: int, n_blocks: int, n_logits: int = 0) -> StepShape:
+        """The smallest shape with room for these rows, and for those that are chosen from: all single ones at least."""
+        wanted = (n_single, n_blocks, max(n_single, n_logits))
+        fitting = (s for s in self.shapes if all(map(operator.ge, (s.n_single, s.n_blocks, s.n_logits), wanted)))
         return min(fitting, key=lambda s: s.n_tokens)
 
 
@@ -128,24 +134,43 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
         if max_tokens < slots:
             raise ConfigError(_too_few(given, slots * data, slots * data))
         return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, (StepShape(max_tokens, 0, 1),))
-    if per_shard is None:
-        max_blocks = max(slots + BLOCK, defaults["max_num_batched_tokens"]) // BLOCK
-    elif per_shard >= slots + BLOCK:
-        max_blocks = (per_shard - slots) // BLOCK
-    else:
+    if per_shard is not None and per_shard < slots + BLOCK:
         raise ConfigError(_too_few(given, slots * data, (slots + BLOCK) * data))
-    max_tokens = slots + max_blocks * BLOCK
-    between = () if on_cpu else (2**i for i in (3, *range(5, 20)) if 2**i < slots)
-    singles = sorted({1, *between, slots})
-    # Prompts alone, beside a few answers, beside as many as there can be.
-    mixed_singles = sorted({*(() if on_cpu else (0,)), min(slots, FEW_SLOTS), slots})
-    # What is computed for nothing costs more on CPUs, and another executable less.
-    parts = (8, 4, 2) if on_cpu else (8,)
-    mixed_blocks = sorted({max_blocks, *(max_blocks // part for part in parts if max_blocks >= FEW_BLOCKS * part)})
-    shapes = [StepShape(n, 0, 1) for n in singles]
-    shapes += [StepShape(n, blocks, BLOCK) for n in mixed_singles for blocks in mixed_blocks]
-    decode_steps = options.decode_steps or (4 if on_cpu else 1)
-    return Sizes(slots, max_tokens, BLOCK, max_blocks, decode_steps, 1, tuple(shapes))
+    sizes = _sizes_on_cpu if on_cpu else _sizes_on_accelerator
+    return sizes(slots, per_shard, options.decode_steps)
+
+
+def _sizes_on_cpu(slots: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
+    """What is computed for nothing costs more here, and another executable less: steps of prompts of four sizes."""
+    chunks = max(slots + BLOCK, CPU["max_num_batched_tokens"]) if max_tokens is None else max_tokens - slots
+    most = chunks // BLOCK
+    blocks = {most, *(most // part for part in (8, 4, 2) if most >= FEW_BLOCKS * part)}
+    shapes = _shapes(slots, {1, slots}, {(n, m) for n in (min(slots, FEW_SLOTS), slots) for m in blocks})
+    return Sizes(slots, slots + most * BLOCK, BLOCK, most, decode_steps or 4, 1, shapes)
+
+
+def _sizes_on_accelerator(slots: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
+    """Products of 2048 rows take less time for each than those of 2304: more rows of one token leave fewer chunks."""
+    max_tokens = max_tokens or max(2 * slots + BLOCK, ACCELERATOR["max_num_batched_tokens"])
+    most, few = max_tokens // BLOCK, min(slots, FEW_SLOTS)
+    beside = tuple(sorted({0, few, max(few, slots // 2), slots}))
+    mixed = {(n, (max_tokens - n) // BLOCK) for n in beside}
+    mixed.add((slots, most))  # for chunks that turn out to be rows of one token, beyond what was planned with
+    if most >= FEW_BLOCKS * 8:
+        mixed |= {(n, most // 8) for n in (0, few, slots)}
+    decoding = {1, slots, *(2**i for i in (3, *range(5, 20)) if 2**i < slots)}
+    return Sizes(slots, max_tokens, BLOCK, most, decode_steps or 1, 1, _shapes(slots, decoding, mixed), beside)
+
+
+def _shapes(slots: int, singles: Iterable[int], mixed: Iterable[tuple[int, int]]) -> tuple[StepShape, ...]:
+    """Steps of rows of one token alone, and of pairs: beside so many blocks.
+
+    What follows is chosen for as many rows as in a step of the former kind, so that it is by the same executable: few
+    prompts end in one step, and no more rows than there are slots have an answer.
+    """
+    few = min(slots, FEW_ENDS)
+    with_chunks = (StepShape(n, m, BLOCK, few if n < few else slots) for n, m in sorted(mixed))
+    return (*(StepShape(n, 0, 1) for n in sorted({*singles, few})), *with_chunks)
 
 
 def modes_of(options: EngineOptions) -> tuple[Mode, ...]:

@@ -40,7 +40,7 @@ class ScoredRows(NamedTuple):
 
 class Packed(NamedTuple):
     works: list[Work]  # to be executed in this order; the last one has the rows
-    columns: np.ndarray  # for each sequence of `plan.rows`, its row among those of the last work
+    columns: np.ndarray  # for each sequence of `plan.rows`, its row among those that the last work chooses from
     scored: list[ScoredRows]
     masked: list[Sequence]  # those that sample under a mask that their last token decides: see `Packer.masks`
 
@@ -66,6 +66,7 @@ class Packer:
         shape = self.sizes.shape_for(
             max(n + sum(s for s, _ in c) for n, c in zip(n_decode, counts, strict=True)),
             max(sum(b for _, b in c) for c in counts),
+            max(map(self._n_logits, n_decode, plan.chunks, counts)),
         )
         rows = np.zeros((self.n_shards, shape.n_rows, Column.COUNT), np.int32)
         rows[:, :, Column.SLOT] = self.sizes.slots
@@ -73,10 +74,11 @@ class Packer:
         columns, scored, mode = [], [], Mode.GREEDY
         for shard in range(self.n_shards):
             sampling, of_shard = self._fill(shard, plan, shape, rows[shard], tokens[shard])
-            columns.append(shard * shape.n_rows + sampling)
-            scored += [s._replace(columns=shard * shape.n_rows + s.columns) for s in of_shard]
             looked_at = [sampling, *(s.columns for s in of_shard)]
             slots_of_rows = rows[shard, np.concatenate(looked_at), Column.SLOT]
+            column_of = shard * shape.n_logits + _choose_from(rows[shard], sampling, shape)
+            columns.append(column_of[sampling])
+            scored += [s._replace(columns=column_of[s.columns]) for s in of_shard]
             mode = max(mode, Mode(self._mode[shard, slots_of_rows].max(initial=0)))
         masked = [seq for seq in plan.rows if _has_dynamic_mask(seq)]
         work = Work(
@@ -117,7 +119,7 @@ class Packer:
                 rows[shard, row, Column.LIMIT] = len(seq.pages) * PAGE_SIZE
                 rows[shard, row, Column.TOP_K :] = self._params[shard, seq.slot]
                 mode = max(mode, Mode.SAMPLE if seq.params.params.temperature > 0 else Mode.GREEDY)
-                column_of[id(seq)] = shard * shape.n_rows + row
+                column_of[id(seq)] = shard * shape.n_logits + row
         work = Work(shape, n_steps, mode, rows.reshape(-1, Column.COUNT), np.zeros((0, 1), np.int32), chooses=True)
         return [*self._changes(plan, [], []), work], [column_of[id(seq)] for seq, _ in drafted]
 
@@ -182,6 +184,10 @@ class Packer:
         """How many rows of one token and of a block of tokens a chunk takes."""
         n = len(chunk.tokens)
         return (n, 0) if n == 1 or chunk.scored or self.sizes.block == 1 else (0, -(-n // self.sizes.block))
+
+    def _n_logits(self, n_decode: int, chunks: list[Chunk], counts: list[tuple[int, int]]) -> int:
+        """How many rows of a shard something is chosen from: those of one token, and the ends of prompts."""
+        return n_decode + sum(s + (c.last and b > 0) for c, (s, b) in zip(chunks, counts, strict=True))
 
     def _fill(
         self, shard: int, plan: Plan, shape: StepShape, rows: np.ndarray, tokens: np.ndarray
@@ -252,6 +258,21 @@ class Packer:
             Work(tables_U3=tables, copies_C2=copies, slots_UX=of_slots, known_UX=of_counts)
             for tables, copies, of_slots, of_counts in zip(*groups, strict=True)
         ]
+
+
+def _choose_from(rows_RX: np.ndarray, sampling: np.ndarray, shape: StepShape) -> np.ndarray:
+    """Enters a shard's rows that are chosen from: those of one token, in their order, and others that sample.
+
+    Returns (R,): each such row's place among them.
+    """
+    place_R = np.arange(shape.n_rows)
+    if shape.n_chosen:
+        singles = np.flatnonzero(rows_RX[: shape.n_single, Column.LENGTH])
+        chosen = np.concatenate([singles, sampling[sampling >= shape.n_single]])
+        rows_RX[:, Column.CHOSEN] = shape.n_rows  # none
+        rows_RX[: len(chosen), Column.CHOSEN] = chosen
+        place_R[chosen] = np.arange(len(chosen))
+    return place_R
 
 
 def _has_dynamic_mask(seq: Sequence) -> bool:

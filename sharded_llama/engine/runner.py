@@ -129,7 +129,8 @@ class Runner:
         """
         shape = max(self.sizes.shapes, key=lambda s: s.n_tokens)
         most = max(self.modes)
-        jobs: list[Job] = [(self._forward, shape, most == Mode.ENTROPY), (self._choose, shape.n_rows, most)]
+        n_logits = max(s.n_logits for s in self.sizes.shapes)
+        jobs: list[Job] = [(self._forward, shape, most == Mode.ENTROPY), (self._choose, n_logits, most)]
         if self.sizes.decode_steps > 1:
             single = max((s for s in self.sizes.shapes if not s.n_blocks), key=lambda s: s.n_tokens)
             jobs.append((self._decode_several, single, self.sizes.decode_steps, most))
@@ -176,9 +177,9 @@ class Runner:
             else:
                 run = self._forward(work.shape, work.mode == Mode.ENTROPY)
                 chunks = self.put(work.tokens_CQ) if work.shape.n_blocks else None
-                forwarded, pages = run(self.weights, pages, tables, tokens, rows, chunks)
+                forwarded, pages, rows = run(self.weights, pages, tables, tokens, rows, chunks)
                 # A model that guesses computes prompts for their keys and values alone.
-                self._forwarded = None if work.for_draft else (work.shape.n_rows, work.mode, forwarded, rows)
+                self._forwarded = None if work.for_draft else (work.shape.n_logits, work.mode, forwarded, rows)
         if work.chooses and work.n_steps <= 1:
             (n_rows, mode, forwarded, rows), self._forwarded = self._forwarded, None
             given = None if mode == Mode.GREEDY else slots
@@ -209,8 +210,8 @@ class Runner:
         return [*jobs, *self._jobs_without_pages(), (self._set_tables,), (self._copy_pages,)]
 
     def _jobs_without_pages(self) -> list[Job]:
-        n_rows = sorted({s.n_rows for s in self.sizes.shapes}, reverse=True)
-        jobs: list[Job] = [(self._choose, n, mode) for mode in self.modes for n in n_rows]
+        n_logits = sorted({s.n_logits for s in self.sizes.shapes}, reverse=True)
+        jobs: list[Job] = [(self._choose, n, mode) for mode in self.modes for n in n_logits]
         return [*jobs, *((self._change_slots, n) for n in self.slot_changes), (self._count_known,)]
 
     def _drafting_jobs(self, n_steps: int) -> list[Job]:
@@ -225,8 +226,8 @@ class Runner:
     def _forward(self, shape: StepShape, with_metrics: bool = False) -> Any:
         def run(weights: XfmrWeights, pages: Any, tables: Any, tokens: Any, rows: Any, chunks: Any) -> tuple:
             state = DeviceState(pages, tables, tokens, None)
-            static = {"run_length": self.sizes.run_length, "with_metrics": with_metrics, **self._static}
-            return forward(weights, state, rows, chunks, **static)
+            static = {"run_length": self.sizes.run_length, "n_chosen": shape.n_chosen, "with_metrics": with_metrics}
+            return forward(weights, state, rows, chunks, **static, **self._static)
 
         args = (
             self._abstract_weights,
@@ -235,8 +236,8 @@ class Runner:
             self._rows(shape.n_rows),
             self._array((shape.n_blocks, shape.block)) if shape.n_blocks else None,
         )
-        forwarded = self._abstract_forwarded(shape.n_rows, with_metrics)
-        out = (_shardings(forwarded), pages_layout(self._abstract_pages))
+        forwarded = self._abstract_forwarded(shape.n_logits, with_metrics)
+        out = (_shardings(forwarded), pages_layout(self._abstract_pages), self._sharding("tokens"))
         key = ("forward", shape, with_metrics)
         options = (LOOPS_ON_DEVICE if with_metrics else {}) | (CUBLAS_ONLY if shape.n_tokens >= MANY_TOKENS else {})
         return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options)

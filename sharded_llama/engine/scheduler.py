@@ -37,6 +37,9 @@ class SchedulerConfig:
     max_batched_tokens: int  # of a shard in one step: a decode row counts 1, a chunk row `block`
     decode_steps: int  # steps of one dispatch while there is only decoding to do
     prefix_caching: bool
+    # What the number of decode rows counts as beside chunks: the smallest of these that holds it, from 0 to
+    # slots_per_shard. Without any: as it is.
+    decode_row_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -263,7 +266,9 @@ class Scheduler:
         self._computed = []
 
         for shard in self._shards:
-            shard.tokens_left = self.config.max_batched_tokens - len(shard.decoding)
+            n_decode = len(shard.decoding)
+            counted = next((n for n in self.config.decode_row_sizes if n >= n_decode), n_decode)
+            shard.tokens_left = self.config.max_batched_tokens - counted
             shard.blocks_left = min(self.config.max_blocks, shard.tokens_left // self.config.block)
             shard.extra_rows = 0
         n_steps = self._choose_steps()

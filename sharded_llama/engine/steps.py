@@ -41,8 +41,9 @@ class Column:
     REPETITION = 13
     SEED = 14  # two columns, uint32: high and low word
     COUNT = 16
-    # LIMIT matters where several steps are run, RUN_PLACE in runs of rows, which exclude one another.
+    # LIMIT matters where several steps are run, RUN_PLACE in runs of rows, CHOSEN beside chunks: never two of them.
     RUN_PLACE = LIMIT  # the row's number within its run (see `model.StepRows`)
+    CHOSEN = LIMIT  # of the first `StepShape.n_chosen` rows: a row that is chosen from; beyond the rows: none
 
 
 FROM_SLOT = -1
@@ -50,11 +51,15 @@ NO_SLOT = 2**31 - 1  # beyond all slots: what is written there is dropped
 
 
 class StepShape(NamedTuple):
-    """The static shape of a step, per data shard: rows of one token, then rows of `block` tokens."""
+    """The static shape of a step, per data shard: rows of one token, then rows of `block` tokens.
+
+    No more rows than sequences can run are followed by a token. With chunks a step has more, and names those.
+    """
 
     n_single: int
     n_blocks: int
     block: int
+    n_chosen: int = 0  # rows of which Column.CHOSEN says which they are; 0: all of them
 
     @property
     def n_rows(self) -> int:
@@ -63,6 +68,11 @@ class StepShape(NamedTuple):
     @property
     def n_tokens(self) -> int:
         return self.n_single + self.n_blocks * self.block
+
+    @property
+    def n_logits(self) -> int:
+        """Rows that have logits."""
+        return self.n_chosen or self.n_rows
 
 
 class DeviceState(NamedTuple):
@@ -75,7 +85,7 @@ class DeviceState(NamedTuple):
 
 
 class Forwarded(NamedTuple):
-    """What the sampler needs of a step's rows."""
+    """What the sampler needs of the rows that are chosen from."""
 
     logits_RV: jax.Array
     normalizer_R: jax.Array  # logarithm of what normalises them
@@ -94,19 +104,21 @@ def forward(
     mesh: Mesh,
     backend: str,
     run_length: int = 1,
+    n_chosen: int = 0,
     with_metrics: bool = False,
-) -> tuple[Forwarded, tuple[KVPages, ...]]:
-    """What follows the rows, and the pages with their tokens.
+) -> tuple[Forwarded, tuple[KVPages, ...], jax.Array]:
+    """What follows the rows that are chosen from, the pages with the tokens of all rows, and the former rows (E, X).
 
     Rows and tokens are global, split over `data`. tokens_CQ: of the rows of several tokens; None if there are no such
-    rows, because XLA's compiler for several GPUs crashes on empty arrays.
+    rows, because XLA's compiler for several GPUs crashes on empty arrays. n_chosen: see `StepShape`.
     """
     data = mesh.shape[DATA]
     n_single = (rows_RX.shape[0] - (0 if tokens_CQ is None else tokens_CQ.shape[0])) // data
     specs = SPECS["tokens"]
-    row_specs = StepRows(specs, specs, specs, specs, specs if run_length > 1 else None)
+    given = (True, True, True, True, run_length > 1, n_chosen > 0)
+    row_specs = StepRows(*(specs if is_given else None for is_given in given))
     expand = jax.shard_map(
-        functools.partial(_step_rows, n_single=n_single, in_runs=run_length > 1),
+        functools.partial(_step_rows, n_single=n_single, in_runs=run_length > 1, n_chosen=n_chosen),
         mesh=mesh,
         in_specs=(specs, specs, specs, None if tokens_CQ is None else specs),
         out_specs=row_specs,
@@ -128,7 +140,16 @@ def forward(
             lambda rows: rows.tokens_T[last_tokens(rows, n_single)], mesh=mesh, in_specs=(row_specs,), out_specs=specs
         )
         metrics.append(pick(rows))
-    return Forwarded(logits_RV, log_normalizer(logits_RV, mesh=mesh), *metrics), pages
+    if n_chosen:
+        # What is beyond the rows is a row that is not used: zeros.
+        choose_from = jax.shard_map(
+            lambda rows_RX, chosen_E: rows_RX.at[chosen_E].get(mode="fill", fill_value=0),
+            mesh=mesh,
+            in_specs=(specs, specs),
+            out_specs=specs,
+        )
+        rows_RX = choose_from(rows_RX, rows.chosen_E)
+    return Forwarded(logits_RV, log_normalizer(logits_RV, mesh=mesh), *metrics), pages, rows_RX
 
 
 def _step_rows(
@@ -139,6 +160,7 @@ def _step_rows(
     *,
     n_single: int,
     in_runs: bool,
+    n_chosen: int,
 ) -> StepRows:
     """One device's rows, with the tables and tokens of their slots."""
     slot_R = rows_RX[:, Column.SLOT]
@@ -153,7 +175,14 @@ def _step_rows(
         length_R=rows_RX[:, Column.LENGTH],
         tables_RW=tables_SW.at[slot_R].get(mode="clip"),
         run_place_R=rows_RX[:, Column.RUN_PLACE] if in_runs else None,
+        chosen_E=_chosen(rows_RX, n_chosen) if n_chosen else None,
     )
+
+
+def _chosen(rows_RX: jax.Array, n_chosen: int) -> jax.Array:
+    """The rows that are chosen from; where there are more of these than rows at all, the others are none."""
+    chosen_E = rows_RX[:n_chosen, Column.CHOSEN]
+    return jnp.pad(chosen_E, (0, n_chosen - len(chosen_E)), constant_values=len(rows_RX))
 
 
 def choose(
@@ -214,7 +243,7 @@ def decode_several(
 
     def step(carry: tuple[DeviceState, jax.Array], _: None) -> tuple[tuple[DeviceState, jax.Array], Sampled]:
         state, rows_RX = carry
-        forwarded, pages = forward(
+        forwarded, pages, _ = forward(
             weights, state, rows_RX, None, config=config, mesh=mesh, backend=backend, with_metrics=mode == Mode.ENTROPY
         )
         sampled, tokens, slots = choose(

@@ -155,6 +155,23 @@ class TestSizes:
                 assert shape in fitting
                 assert shape.n_tokens == min(s.n_tokens for s in fitting)
 
+    @pytest.mark.parametrize("platform", ["cpu", "gpu"])
+    def test_samplers_are_of_as_many_rows_as_decode_steps(self, platform):
+        for given in ({}, {"max_num_seqs": 7}, {"max_num_seqs": 100}, {"max_num_seqs": 1000}):
+            sizes = sizes_of(EngineOptions(**given), mesh_of(platform))
+            of_decoding = {s.n_rows for s in sizes.shapes if not s.n_blocks}
+            assert {s.n_logits for s in sizes.shapes} <= of_decoding
+            for n_logits in range(1, sizes.slots + 1):
+                assert sizes.shape_for(0, sizes.max_blocks, n_logits).n_logits >= n_logits
+
+    def test_steps_of_prompts_have_as_many_tokens_beside_any_number_of_answers(self):
+        sizes = sizes_of(EngineOptions(), mesh_of("gpu"))
+        assert (sizes.max_tokens, sizes.beside_chunks) == (2048, (0, 16, 128, 256))
+        for n in sizes.beside_chunks:
+            n_blocks = (sizes.max_tokens - n) // BLOCK
+            assert sizes.shape_for(n, n_blocks).n_tokens == 2048
+        assert not sizes_of(EngineOptions(), mesh_of("cpu")).beside_chunks
+
     def test_defaults_are_of_each_data_shard(self):
         for data in (1, 2, 4):
             assert sizes_of(EngineOptions(), mesh_of("cpu", data)).slots == 16

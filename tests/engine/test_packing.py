@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sharded_llama.constraints import bits, row_mask
-from sharded_llama.engine.options import BLOCK, EngineOptions, sizes_of
+from sharded_llama.engine.options import BLOCK, FEW_ENDS, EngineOptions, sizes_of
 from sharded_llama.engine.packing import Packer, SequenceSampling
 from sharded_llama.engine.runner import PAGE_COPIES, SLOT_CHANGES, TABLE_CHANGES
 from sharded_llama.engine.scheduler import Chunk, Plan
@@ -82,6 +82,12 @@ def used(work):
     return {i: row for i, row in enumerate(work.rows_RX) if row[Column.LENGTH]}
 
 
+def chosen(work):
+    """Of each shard the rows that are chosen from."""
+    named = work.rows_RX[:, Column.CHOSEN].reshape(SHARDS, work.shape.n_rows)[:, : work.shape.n_chosen]
+    return [[row for row in rows if row < work.shape.n_rows] for rows in named.tolist()]
+
+
 def admitted(packer, *sequences):
     """A packer that has seen the sequences' first chunks, on shard 0."""
     packer.pack(plan_of(chunks=([Chunk(s, 0, [5], True) for s in sequences], ())))
@@ -130,7 +136,7 @@ def test_a_chunk_is_split_into_rows(packer, n_tokens, pieces):
     tokens = list(range(100, 100 + n_tokens))
     chunk = Chunk(sequence(6, SAMPLED), 9, tokens, True)
     (work,), columns, *_ = packer.pack(plan_of(chunks=([], [chunk])))
-    n_single, n_blocks, block = work.shape
+    n_single, n_blocks, block, _ = work.shape
     first = n_single + n_blocks + n_single  # of the second shard's rows of several tokens
     rows = used(work)
     assert list(rows) == list(range(first, first + len(pieces)))
@@ -139,7 +145,8 @@ def test_a_chunk_is_split_into_rows(packer, n_tokens, pieces):
     assert [row[Column.SAMPLES] for row in rows.values()] == [0] * (len(pieces) - 1) + [1]
     assert {row[Column.SLOT] for row in rows.values()} == {6}
     assert all(floats(row) == [0.5, 0.25, 0.125] for row in rows.values())
-    assert columns.tolist() == [first + len(pieces) - 1]
+    assert columns.tolist() == [work.shape.n_logits]  # the first of the second shard's rows that are chosen from
+    assert chosen(work) == [[], [n_single + len(pieces) - 1]]
     assert work.tokens_CQ.shape == (SHARDS * n_blocks, block)
     of_shard = work.tokens_CQ[n_blocks:]
     assert [token for i, n in enumerate(pieces) for token in of_shard[i, :n]] == tokens
@@ -161,7 +168,8 @@ def test_a_chunk_of_one_token_is_a_row_of_one(packer):
     row = work.rows_RX[1]
     assert row[: Column.SAMPLES + 1].tolist() == [8, 30, 1, 1, 1]
     # In the order of plan.rows: those that decode, then the chunks as they stand in the plan.
-    assert columns.tolist() == [0, work.shape.n_single, 1]
+    assert columns.tolist() == [0, 2, 1]
+    assert chosen(work) == [[0, 1, work.shape.n_single], []]
 
 
 def test_columns_are_in_the_order_of_the_plans_rows(packer):
@@ -170,8 +178,26 @@ def test_columns_are_in_the_order_of_the_plans_rows(packer):
     chunks = ([Chunk(b, 0, [7] * 20, True), Chunk(c, 0, [9] * 3, False)], [Chunk(d, 0, [6], True)])
     plan = plan_of(decode=([a], []), starts=([4], []), chunks=chunks)
     (work,), columns, *_ = packer.pack(plan)
-    assert [s.slot for s in plan.rows] == work.rows_RX[columns, Column.SLOT].tolist() == [5, 1, 0]
-    assert work.rows_RX[columns, Column.SAMPLES].tolist() == [1, 1, 1]
+    n_logits, n_rows = work.shape.n_logits, work.shape.n_rows
+    at = [column // n_logits * n_rows + chosen(work)[column // n_logits][column % n_logits] for column in columns]
+    assert [s.slot for s in plan.rows] == work.rows_RX[at, Column.SLOT].tolist() == [5, 1, 0]
+    assert work.rows_RX[at, Column.SAMPLES].tolist() == [1, 1, 1]
+
+
+def test_where_many_prompts_end_there_is_room_for_all_of_them():
+    """More than a step beside few answers chooses for: it is one that has rows for all."""
+    slots = FEW_ENDS + 10
+    few_rows = 2 * FEW_ENDS * BLOCK
+    packer = Packer(
+        sizes(max_num_seqs=SHARDS * slots, max_num_batched_tokens=SHARDS * few_rows), SHARDS, N_PAGES, VOCAB
+    )
+    for n_ends in (1, FEW_ENDS, FEW_ENDS + 1, slots):
+        chunks = [Chunk(sequence(slot), 0, [5] * (2 + slot % 3), True) for slot in range(n_ends)]
+        (*_, work), columns, *_ = packer.pack(plan_of(chunks=([], chunks)))
+        assert work.shape.n_logits >= n_ends
+        assert (work.shape.n_logits == slots) == (n_ends > FEW_ENDS)
+        assert columns.tolist() == list(range(work.shape.n_logits, work.shape.n_logits + n_ends))
+        assert len(chosen(work)[1]) == n_ends
 
 
 def test_several_steps_have_the_room_of_their_pages(packer):

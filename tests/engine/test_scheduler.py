@@ -336,6 +336,19 @@ def test_long_prompts_are_computed_in_chunks_beside_decoding():
     assert [names(plan.rows) for plan in plans] == [["short"], ["short"], ["short", "long"], ["short", "long"]]
 
 
+@pytest.mark.parametrize(("sizes", "n_blocks"), [((), 4), ((0, 4, 8), 3), ((0, 8), 2)])
+def test_decode_rows_count_as_the_shape_has_them(sizes, n_blocks):
+    """Three sequences decode: of 19 tokens they would leave room for 4 blocks of 4 if they counted as three."""
+    scheduler = scheduler_of(max_batched_tokens=19, max_blocks=8, slots_per_shard=8, decode_row_sizes=sizes)
+    for name in "abc":
+        scheduler.add(sequence(name, [1]))
+    plan = scheduler.schedule()
+    scheduler.update(plan, np.ones((1, 3), np.int64))
+    scheduler.add(sequence("long", range(30)))
+    (chunk,) = scheduler.schedule().chunks[0]
+    assert len(chunk.tokens) == 4 * n_blocks
+
+
 def test_max_blocks_bounds_the_chunk_rows():
     scheduler = scheduler_of(max_blocks=2)
     for name in "abc":
@@ -840,6 +853,7 @@ def workloads(draw):
         max_model_len=max_model_len,
         block=block,
         max_blocks=draw(st.integers(1, 4)),
+        decode_row_sizes=draw(st.sampled_from([(), (0, slots), (0, slots // 2, slots)])),
         max_batched_tokens=max(slots, block) + draw(st.integers(0, 12)),
         decode_steps=draw(st.integers(1, 4)),
         prefix_caching=draw(st.integers(0, 3)) > 0,

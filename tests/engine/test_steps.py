@@ -5,21 +5,22 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from sharded_llama.config import LlamaConfig
 from sharded_llama.engine.options import EngineOptions, modes_of, sizes_of
 from sharded_llama.engine.runner import Runner
-from sharded_llama.engine.steps import Column, StepShape
-from sharded_llama.kv_cache import page_bytes
+from sharded_llama.engine.steps import Column, DeviceState, StepShape, forward
+from sharded_llama.kv_cache import KVPages, page_bytes
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import Mode
 from sharded_llama.sampling.entropy_settings import N_SETTINGS
 from sharded_llama.sampling.filters import K
 from sharded_llama.sampling.params import MAX_BIAS, MAX_LOGPROBS
 from sharded_llama.sampling.slots import n_words
-from sharded_llama.sharding import padded
-from sharded_llama.weights import abstract_weights
+from sharded_llama.sharding import padded, put
+from sharded_llama.weights import abstract_weights, init_weights
 
 CONFIG = LlamaConfig(
     dim=64,
@@ -36,7 +37,7 @@ CONFIG = LlamaConfig(
 MESHES = [(1, 1), (2, 1), (1, 8), (2, 4)]  # each kind: nothing, rows, all heads, both spread; (1, 8) repeats kv heads
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SLOTS, N_PAGES, TABLE_WIDTH = 8, 100, 40  # of each data shard; tables of more than one block of the attention
-DECODE, MIXED = StepShape(SLOTS, 0, 1), StepShape(SLOTS, 2, 16)
+DECODE, MIXED = StepShape(SLOTS, 0, 1), StepShape(SLOTS, 2, 16, SLOTS)
 
 
 @functools.cache  # what one test compiled need not be compiled for another
@@ -166,7 +167,7 @@ def test_two_all_reduces_per_layer(mesh_shape):
         for of in found.pop("all-reduce"):
             (hidden if CONFIG.dim in of else others).append(of)
         assert sorted(map(math.prod, hidden)) == [shape.n_tokens * CONFIG.dim] * (2 * CONFIG.n_layers + 1)
-        assert [math.prod(of) for of in others] == [shape.n_rows] * 2
+        assert [math.prod(of) for of in others] == [shape.n_logits] * 2
         assert not any(found.values())
 
 
@@ -286,7 +287,7 @@ def test_every_shape_can_be_compiled_ahead(monkeypatch, entropy):
     for shape in shapes:
         for mode in Mode if entropy else list(Mode)[:-1]:
             runner._forward(shape, mode == Mode.ENTROPY)
-            runner._choose(shape.n_rows, mode)
+            runner._choose(shape.n_logits, mode)
             if not shape.n_blocks:
                 runner._decode_several(shape, 2, mode)
     for n_changes in runner.slot_changes:
@@ -304,3 +305,43 @@ def test_steps_leave_nothing_on_the_host():
     steps.append(runner._decode_several(DECODE, 4, Mode.GREEDY))
     for executable in steps:
         assert not re.search(r"infeed|outfeed|callback|SendToHost|host_transfer", executable.as_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
+def test_logits_of_chosen_rows_are_those_of_all(mesh_shape):
+    """In the order in which they are named, with what the rows say of sampling; what names no row is not used."""
+    mesh, data = make_mesh(*mesh_shape), mesh_shape[0]
+    weights = init_weights(jax.random.key(0), CONFIG, mesh=mesh)
+    n_rows, rng = MIXED.n_rows, np.random.default_rng(0)
+    rows = np.zeros((data, n_rows, Column.COUNT), np.int32)
+    rows[..., Column.TOKEN] = rng.integers(0, CONFIG.vocab_size, (data, n_rows))
+    rows[..., Column.SLOT] = np.arange(n_rows)
+    rows[..., Column.TOP_K :] = rng.integers(0, 99, (data, n_rows, Column.COUNT - Column.TOP_K))
+    rows[:, :, Column.LENGTH] = rng.integers(1, 17, (data, n_rows))
+    rows[:, : MIXED.n_single, Column.LENGTH] = 1
+    tables = np.arange(data * n_rows * 4, dtype=np.int32).reshape(data, n_rows, 4) % (4 * n_rows)
+    tokens_CQ = rng.integers(0, CONFIG.vocab_size, (data * MIXED.n_blocks, MIXED.block)).astype(np.int32)
+
+    def run(n_chosen, chosen):
+        rows[:, :, Column.CHOSEN] = chosen
+        state = DeviceState(
+            KVPages.new(CONFIG, mesh, 4 * n_rows, "auto"),
+            put(mesh, "tokens", tables.reshape(data * n_rows, 4)),
+            put(mesh, "tokens", np.zeros(data * n_rows, np.int32)),
+        )
+        static = {"config": CONFIG, "mesh": mesh, "backend": "blockwise", "n_chosen": n_chosen}
+        args = [put(mesh, "tokens", x) for x in (rows.reshape(-1, Column.COUNT), tokens_CQ)]
+        forwarded, pages, of_rows = jax.jit(functools.partial(forward, **static))(weights, state, *args)
+        logits = np.asarray(forwarded.logits_RV).reshape(data, n_chosen or n_rows, -1)
+        return logits, np.asarray(of_rows).reshape(*logits.shape[:2], -1), [np.asarray(p.kv_NPGK) for p in pages]
+
+    every, _, pages = run(0, 0)
+    for chosen in ([9, 0, 3, 8, 7], [8], list(range(n_rows))):
+        named = np.pad(chosen, (0, n_rows - len(chosen)), constant_values=n_rows)
+        n_chosen = n_rows + 2  # more than there are rows at all
+        logits, of_rows, same_pages = run(n_chosen, named)
+        np.testing.assert_allclose(logits[:, : len(chosen)], every[:, chosen], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(of_rows[:, : len(chosen)], rows[:, chosen])
+        assert not of_rows[:, len(chosen) :].any()
+        for a, b in zip(pages, same_pages, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
