@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from sharded_llama.attention import choose_backend
 from sharded_llama.benchmark import record
 from sharded_llama.config import LlamaConfig
-from sharded_llama.engine.options import ACCELERATOR, BLOCK, Sizes, pages_per_sequence
+from sharded_llama.engine.options import ACCELERATOR, Sizes, block_of, pages_per_sequence
 from sharded_llama.engine.runner import Runner, Work
 from sharded_llama.engine.steps import FROM_SLOT, Column, DeviceState, StepShape
 from sharded_llama.errors import ConfigError
@@ -138,14 +138,15 @@ def decode_work(shape: StepShape, data: int, position: int) -> Work:
 
 def prefill_works(shape: StepShape, data: int, slots: int, length: int, vocab_size: int) -> list[Work]:
     """Steps that compute a prompt of `length` random tokens in every slot and sample what follows it."""
-    pieces = [(slot, start, min(BLOCK, length - start)) for slot in range(slots) for start in range(0, length, BLOCK)]
+    starts = range(0, length, shape.block)
+    pieces = [(slot, start, min(shape.block, length - start)) for slot in range(slots) for start in starts]
     rng, works = np.random.default_rng(0), []
     for first in range(0, len(pieces), shape.n_blocks):
         rows = np.zeros((data, shape.n_rows, Column.COUNT), np.int32)
         rows[..., Column.SLOT] = slots  # rows that are not used
         for row, (slot, start, n) in enumerate(pieces[first : first + shape.n_blocks], shape.n_single):
             rows[:, row, : Column.LIMIT] = (0, start, n, slot, start + n == length)
-        tokens = rng.integers(0, vocab_size, (data * shape.n_blocks, BLOCK), np.int32)
+        tokens = rng.integers(0, vocab_size, (data * shape.n_blocks, shape.block), np.int32)
         works.append(Work(shape, 1, Mode.GREEDY, rows.reshape(-1, Column.COUNT), tokens, chooses=True))
     return works
 
@@ -172,8 +173,9 @@ def time_decode(config: LlamaConfig, mesh: Mesh, weights: XfmrWeights, batch: in
 def time_prefill(config: LlamaConfig, mesh: Mesh, weights: XfmrWeights, batch: int, length: int) -> float:
     """Seconds from prompts on the host to their first tokens on the device."""
     slots = per_shard(batch, mesh)
-    n_blocks = min(slots * -(-length // BLOCK), ACCELERATOR["max_num_batched_tokens"] // BLOCK)
-    shape = StepShape(1, n_blocks, BLOCK)  # the engine has no shape without a row of one token
+    block = block_of(mesh)
+    n_blocks = min(slots * -(-length // block), ACCELERATOR["max_num_batched_tokens"] // block)
+    shape = StepShape(1, n_blocks, block)
     runner = make_runner(config, mesh, weights, shape, slots=slots, length=length)
     works = prefill_works(shape, mesh.shape[DATA], slots, length, config.vocab_size)
     return timed(lambda _: [runner.execute(work) for work in works], 5)

@@ -54,13 +54,13 @@ simulate_cpu_devices(2)
 mesh, length = make_mesh(2, 1), 20
 config = LlamaConfig.from_dict(steps.CONFIG.value.model)
 weights = init_weights(jax.random.key(3), config, mesh=mesh)
-shape = StepShape(1, 3, steps.BLOCK)
+shape = StepShape(1, 3, 16)
 runner = steps.make_runner(config, mesh, weights, shape, slots=2, length=length + 1)
 works = steps.prefill_works(shape, 2, 2, length, config.vocab_size)
 prompts = np.zeros((2, 2, length), np.int32)
 for work in works:
     rows = work.rows_RX.reshape(2, -1, Column.COUNT)[:, shape.n_single :]
-    tokens = work.tokens_CQ.reshape(2, -1, steps.BLOCK)
+    tokens = work.tokens_CQ.reshape(2, -1, 16)
     for shard, row in np.argwhere(rows[..., Column.LENGTH] > 0):
         start, n, slot = rows[shard, row, [Column.START, Column.LENGTH, Column.SLOT]]
         prompts[shard, slot, start : start + n] = tokens[shard, row, :n]

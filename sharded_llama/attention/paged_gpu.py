@@ -9,7 +9,7 @@ order (flash decoding: Dao et al., 2023). What a query gives depends on its row 
 
 import functools
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Tuning(NamedTuple):
     num_warps: int
     num_stages: int  # depth of the pipeline: how far loads run ahead of the products
     tile: int = 64  # at most so many queries in a program, a power of two >= 16
+    two_loops: bool = False  # one without masks over the blocks that every query sees whole, one over the others
 
 
 # The page numbers, which the loads wait for, take two of the stages: 3 stages have one block under way, 5 have two.
@@ -42,8 +43,10 @@ class Tuning(NamedTuple):
 FEW_QUERIES = Tuning(block=64, num_warps=4, num_stages=3)
 # 8-bit blocks have half the bytes, and casting them takes more registers: more warps, and two blocks under way.
 FEW_QUERIES_8_BIT = Tuning(block=128, num_warps=8, num_stages=5)
-# A chunk: limited by the products and by L2. 64 queries are what the matrix units of one group of four warps take.
-MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=5)
+# Chunks: limited by the products and by L2. 64 queries are what the matrix units of one group of four warps take at a
+# time; 128 share what is loaded, and leave room for one block under way.
+SOME_QUERIES = Tuning(block=64, num_warps=4, num_stages=5, two_loops=True)
+MANY_QUERIES = Tuning(block=64, num_warps=4, num_stages=3, tile=128, two_loops=True)
 # float32 has no matrix unit: its operands stand in registers, which only small tiles leave room for.
 FULL_PRECISION = Tuning(block=32, num_warps=4, num_stages=2, tile=16)
 
@@ -64,6 +67,7 @@ class _Sizes(NamedTuple):
     n_tiles: int
     n_splits: int
     fixed_splits: bool
+    two_loops: bool
     first: int  # token of q that is the first row's first
 
     @property
@@ -168,6 +172,7 @@ def _attend_rows(
         n_tiles=n_tiles,
         n_splits=n_splits,
         fixed_splits=fixed_splits,
+        two_loops=tuning.two_loops,
         first=first,
     )
 
@@ -217,7 +222,8 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
     after the other.
     """
     q_ref, kv_ref, scale_ref, table_ref, start_ref, *out_refs = refs[n_given:]
-    head, row = pl.program_id(0), pl.program_id(2)
+    # The rows of a chunk come in order: those that see most begin first, so that none is left at the end.
+    head, row = pl.program_id(0), sizes.batch - 1 - pl.program_id(2)
     tile, split = lax.div(pl.program_id(1), sizes.n_splits), lax.rem(pl.program_id(1), sizes.n_splits)
     start = start_ref[row]
     end = _end(start, tile, sizes)
@@ -242,30 +248,30 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
         lift = 64.0 if scale_ref is not None and q_MK.dtype == jnp.float16 else 1.0
         to_log2 = sizes.width**-0.5 * math.log2(math.e)
 
-        def step(i: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def step(i: jax.Array, carry: tuple, whole: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """A block of positions. whole: all of them are seen by every query, so that nothing is masked."""
             peak_M, denominator_M, weighted_MK = carry
             position_S = i * sizes.block + _iota(sizes.block)
-            seen_S = position_S < end
-            seen_SK = _mask(seen_S, column_K, sizes.width)
+            seen_S = None if whole else position_S < end
+            is_padded = column_K.shape[0] > sizes.width
+            seen_SK = _mask(position_S < end, column_K, sizes.width) if is_padded or not whole else None
             key_S = find_keys(table_ref, row, head, position_S, seen_S, sizes)
             value_S = key_S + 1
 
-            k_SK, v_SK = (
-                plgpu.load(kv_ref.at[at_S[:, None], column_K[None]], mask=seen_SK, other=jnp.zeros((), kv_ref.dtype))
-                for at_S in (key_S, value_S)
-            )
+            k_SK, v_SK = (_load(kv_ref.at[at_S[:, None], column_K[None]], seen_SK) for at_S in (key_S, value_S))
             k_SK, v_SK = k_SK.astype(q_MK.dtype), v_SK.astype(q_MK.dtype)
             scores_MS = plgpu.dot(q_MK, k_SK, trans_b=True, precision=precision) * to_log2
             if scale_ref is not None:
-                scores_MS *= plgpu.load(scale_ref.at[key_S], mask=seen_S, other=0)[None]
-            scores_MS = jnp.where(position_S[None] <= position_M[:, None], scores_MS, -jnp.inf)
+                scores_MS *= _load(scale_ref.at[key_S], seen_S)[None]
+            if not whole:
+                scores_MS = jnp.where(position_S[None] <= position_M[:, None], scores_MS, -jnp.inf)
 
             new_peak_M = jnp.maximum(peak_M, jnp.max(scores_MS, axis=1))
             kept_M = jnp.exp2(peak_M - new_peak_M)
             probs_MS = jnp.exp2(scores_MS - new_peak_M[:, None])
             denominator_M = denominator_M * kept_M + jnp.sum(probs_MS, axis=1)
             if scale_ref is not None:
-                probs_MS *= plgpu.load(scale_ref.at[value_S], mask=seen_S, other=0)[None] * lift
+                probs_MS *= _load(scale_ref.at[value_S], seen_S)[None] * lift
             added_MK = plgpu.dot(probs_MS.astype(v_SK.dtype), v_SK, precision=precision)
             return new_peak_M, denominator_M, weighted_MK * kept_M[:, None] + added_MK
 
@@ -274,7 +280,12 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
             jnp.zeros((sizes.tile,), jnp.float32),
             jnp.zeros((sizes.tile, column_K.shape[0]), jnp.float32),
         )
-        peak_M, denominator_M, weighted_MK = lax.fori_loop(first, last, step, nothing)
+        masked_from = first
+        if sizes.two_loops:
+            first_query = start + lax.div(tile * sizes.tile, sizes.group)
+            masked_from = jnp.minimum(jnp.maximum(lax.div(first_query + 1, sizes.block), first), last)
+            nothing = lax.fori_loop(first, masked_from, functools.partial(step, whole=True), nothing)
+        peak_M, denominator_M, weighted_MK = lax.fori_loop(masked_from, last, step, nothing)
         weighted_MK = weighted_MK * (1 / lift)
         if sizes.n_splits == 1:
             (out_ref,) = out_refs
@@ -298,10 +309,13 @@ class Pool(Protocol):
 
 
 def find_keys(
-    table_ref: jax.Ref, row: jax.Array, head: jax.Array, position_S: jax.Array, seen_S: jax.Array, pool: Pool
+    table_ref: jax.Ref, row: jax.Array, head: jax.Array, position_S: jax.Array, seen_S: jax.Array | None, pool: Pool
 ) -> jax.Array:
-    """Within a kernel: the rows of the flat pages (N * P * 2G, K) with a kv head's keys at a row's positions."""
-    page_S = plgpu.load(table_ref.at[row * pool.table + lax.div(position_S, pool.page_size)], mask=seen_S, other=0)
+    """Within a kernel: the rows of the flat pages (N * P * 2G, K) with a kv head's keys at a row's positions.
+
+    seen_S: which of them are wanted; None: all of them.
+    """
+    page_S = _load(table_ref.at[row * pool.table + lax.div(position_S, pool.page_size)], seen_S)
     page_S = jnp.minimum(jnp.maximum(page_S, 0), pool.n_pages - 1)  # rows that are not used hold anything
     place_S = page_S * pool.page_size + lax.rem(position_S, pool.page_size)
     return place_S * (2 * pool.kv_heads) + 2 * head
@@ -319,6 +333,11 @@ def _blocks(end: jax.Array, split: jax.Array, sizes: _Sizes) -> tuple[jax.Array,
     to_split = pl.cdiv(sizes.table * sizes.page_size, sizes.block) if sizes.fixed_splits else n_blocks
     each = lax.div(to_split + sizes.n_splits - 1, sizes.n_splits)
     return split * each, jnp.minimum((split + 1) * each, n_blocks)
+
+
+def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """What is not in the mask is 0, and not touched."""
+    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def _mask(row_M: jax.Array, column_K: jax.Array, width: int) -> jax.Array:
@@ -362,7 +381,7 @@ def _choose_tuning(dtype: jnp.dtype, kv_dtype: jnp.dtype, queries: int) -> Tunin
     if dtype == jnp.float32:
         return FULL_PRECISION
     if queries > MIN_TILE:
-        return MANY_QUERIES
+        return MANY_QUERIES if queries > SOME_QUERIES.tile else SOME_QUERIES
     return FEW_QUERIES_8_BIT if kv_dtype.itemsize == 1 else FEW_QUERIES
 
 

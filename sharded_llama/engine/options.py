@@ -14,7 +14,7 @@ from ..sampling import Mode
 from ..sharding import DATA
 from .steps import StepShape
 
-BLOCK = 16  # tokens in a row of a prompt's chunk
+BLOCK, GPU_BLOCK = 16, 32  # tokens in a row of a prompt's chunk
 FEW_BLOCKS = 4  # of which a step of prompts has room at least, if the largest has
 FEW_ENDS = 64  # answers and ends of prompts in a step beside few answers
 FEW_SLOTS = 16  # answers beside which a step of prompts does without rows for all
@@ -115,13 +115,18 @@ class Sizes:
         return min(fitting, key=lambda s: s.n_tokens)
 
 
+def block_of(mesh: Mesh) -> int:
+    """Tokens in a row of a prompt's chunk. They share what attention loads; the last row of a prompt wastes some."""
+    return GPU_BLOCK if mesh.devices.flat[0].platform == "gpu" else BLOCK
+
+
 def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
     """What the options mean on a mesh. Raises ConfigError when they contradict one another.
 
     run_length: what the attention kernel takes at no extra cost, see `attention.run_length`.
     """
     data = mesh.shape[DATA]
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu, block = mesh.devices.flat[0].platform == "cpu", block_of(mesh)
     defaults = CPU if on_cpu else ACCELERATOR
     slots = -(-(options.max_num_seqs or data * defaults["max_num_seqs"]) // data)
     given = options.max_num_batched_tokens
@@ -130,46 +135,47 @@ def sizes_of(options: EngineOptions, mesh: Mesh, run_length: int = 1) -> Sizes:
         # One shape for everything: each token is a row of its own, and a step has as many as sequences may run.
         if options.decode_steps not in (None, 1):
             raise ConfigError("deterministic=True runs one step at a time: leave decode_steps out.")
-        max_tokens = max(slots, BLOCK) if per_shard is None else per_shard
+        max_tokens = max(slots, block) if per_shard is None else per_shard
         if max_tokens < slots:
             raise ConfigError(_too_few(given, slots * data, slots * data))
         return Sizes(slots, max_tokens, 1, max_tokens, 1, run_length, (StepShape(max_tokens, 0, 1),))
-    if per_shard is not None and per_shard < slots + BLOCK:
-        raise ConfigError(_too_few(given, slots * data, (slots + BLOCK) * data))
+    if per_shard is not None and per_shard < slots + block:
+        raise ConfigError(_too_few(given, slots * data, (slots + block) * data))
     sizes = _sizes_on_cpu if on_cpu else _sizes_on_accelerator
-    return sizes(slots, per_shard, options.decode_steps)
+    return sizes(slots, block, per_shard, options.decode_steps)
 
 
-def _sizes_on_cpu(slots: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
+def _sizes_on_cpu(slots: int, block: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
     """What is computed for nothing costs more here, and another executable less: steps of prompts of four sizes."""
-    chunks = max(slots + BLOCK, CPU["max_num_batched_tokens"]) if max_tokens is None else max_tokens - slots
-    most = chunks // BLOCK
+    chunks = max(slots + block, CPU["max_num_batched_tokens"]) if max_tokens is None else max_tokens - slots
+    most = chunks // block
     blocks = {most, *(most // part for part in (8, 4, 2) if most >= FEW_BLOCKS * part)}
-    shapes = _shapes(slots, {1, slots}, {(n, m) for n in (min(slots, FEW_SLOTS), slots) for m in blocks})
-    return Sizes(slots, slots + most * BLOCK, BLOCK, most, decode_steps or 4, 1, shapes)
+    shapes = _shapes(slots, block, {1, slots}, {(n, m) for n in (min(slots, FEW_SLOTS), slots) for m in blocks})
+    return Sizes(slots, slots + most * block, block, most, decode_steps or 4, 1, shapes)
 
 
-def _sizes_on_accelerator(slots: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
+def _sizes_on_accelerator(slots: int, block: int, max_tokens: int | None, decode_steps: int | None) -> Sizes:
     """Products of 2048 rows take less time for each than those of 2304: more rows of one token leave fewer chunks."""
-    max_tokens = max_tokens or max(2 * slots + BLOCK, ACCELERATOR["max_num_batched_tokens"])
-    most, few = max_tokens // BLOCK, min(slots, FEW_SLOTS)
+    max_tokens = max_tokens or max(2 * slots + block, ACCELERATOR["max_num_batched_tokens"])
+    most, few = max_tokens // block, min(slots, FEW_SLOTS)
     beside = tuple(sorted({0, few, max(few, slots // 2), slots}))
-    mixed = {(n, (max_tokens - n) // BLOCK) for n in beside}
+    mixed = {(n, (max_tokens - n) // block) for n in beside}
     mixed.add((slots, most))  # for chunks that turn out to be rows of one token, beyond what was planned with
     if most >= FEW_BLOCKS * 8:
         mixed |= {(n, most // 8) for n in (0, few, slots)}
     decoding = {1, slots, *(2**i for i in (3, *range(5, 20)) if 2**i < slots)}
-    return Sizes(slots, max_tokens, BLOCK, most, decode_steps or 1, 1, _shapes(slots, decoding, mixed), beside)
+    shapes = _shapes(slots, block, decoding, mixed)
+    return Sizes(slots, max_tokens, block, most, decode_steps or 1, 1, shapes, beside)
 
 
-def _shapes(slots: int, singles: Iterable[int], mixed: Iterable[tuple[int, int]]) -> tuple[StepShape, ...]:
+def _shapes(slots: int, block: int, singles: Iterable[int], mixed: Iterable[tuple[int, int]]) -> tuple[StepShape, ...]:
     """Steps of rows of one token alone, and of pairs: beside so many blocks.
 
     What follows is chosen for as many rows as in a step of the former kind, so that it is by the same executable: few
     prompts end in one step, and no more rows than there are slots have an answer.
     """
     few = min(slots, FEW_ENDS)
-    with_chunks = (StepShape(n, m, BLOCK, few if n < few else slots) for n, m in sorted(mixed))
+    with_chunks = (StepShape(n, m, block, few if n < few else slots) for n, m in sorted(mixed))
     return (*(StepShape(n, 0, 1) for n in sorted({*singles, few})), *with_chunks)
 
 

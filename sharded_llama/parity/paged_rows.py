@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ..engine.options import BLOCK
+from ..engine.options import block_of
 from ..kv_cache import PAGE_SIZE, KVPages
 from ..model import StepRows
 from ..sharding import DATA, put
@@ -26,13 +26,13 @@ class PagedRows(NamedTuple):
         return cls((first_B[:, None] + np.arange(width)[::-1]).astype(np.int32), of_shard * width)
 
     def step(self, tokens_BL: np.ndarray, starts_B: np.ndarray, mesh: Mesh) -> tuple[StepRows, int, int]:
-        """The rows that run L tokens of each sequence, as serving does: single tokens, or rows of BLOCK.
+        """The rows that run L tokens of each sequence, as serving does: single tokens, or rows of chunks.
 
         Returns global arrays, the rows of one token on each data shard, and the tokens that each sequence has in the
         step, padding included.
         """
         batch, length = tokens_BL.shape
-        block = 1 if length == 1 else BLOCK
+        block = 1 if length == 1 else block_of(mesh)
         n_rows = -(-length // block)
         padded_BL = np.pad(tokens_BL, [(0, 0), (0, n_rows * block - length)]).astype(np.int32)
         first = np.arange(n_rows) * block

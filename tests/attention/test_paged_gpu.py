@@ -15,6 +15,7 @@ from sharded_llama.kv_cache import EIGHT_BIT, PAGE_SIZE, KVPages
 
 HALF = ("bfloat16", "float16")
 SMALL_BLOCKS = Tuning(block=16, num_warps=4, num_stages=2, tile=16)
+TWO_LOOPS = SMALL_BLOCKS._replace(two_loops=True)
 
 
 def inputs(batch, length, heads, kv_heads, width, n_table, dtype="float32", kv_dtype=None, seed=0):
@@ -69,6 +70,8 @@ def test_float32(shape, splits):
     for n_splits in splits:
         ours = kernel(*args, n_splits=n_splits, tuning=SMALL_BLOCKS)
         assert distance(ours, reference(*args)) < 1e-6
+        in_two_loops = kernel(*args, n_splits=n_splits, tuning=TWO_LOOPS)
+        assert distance(in_two_loops, reference(*args)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,8 @@ def test_float16_with_scales(magnitude):
 @pytest.mark.parametrize(("kv_dtype", "n_splits"), [("float32", 1), ("float32", 3), ("int8", 1), ("float8_e4m3fn", 3)])
 def test_what_is_not_visible_changes_no_bit(kv_dtype, n_splits):
     q, pages, tables, start = inputs(3, 2, 4, 2, 16, 4, kv_dtype=kv_dtype)
-    clean = kernel(q, pages, tables, start, n_splits=n_splits, tuning=SMALL_BLOCKS)
+    tuning = TWO_LOOPS if n_splits == 1 else SMALL_BLOCKS
+    clean = kernel(q, pages, tables, start, n_splits=n_splits, tuning=tuning)
     assert np.isfinite(clean).all()
     visible = np.zeros(pages.kv_NPGK.shape[:2], bool)
     for row in range(3):
@@ -117,7 +121,7 @@ def test_what_is_not_visible_changes_no_bit(kv_dtype, n_splits):
     kv = jnp.where(visible[..., None, None], kv, jnp.asarray(77 if kv_dtype == "int8" else jnp.nan, kv.dtype))
     scale = pages.scale_NPG
     scale = None if scale is None else jnp.where(visible[..., None], scale, jnp.nan)
-    spoiled = kernel(q, KVPages(kv, scale), tables, start, n_splits=n_splits, tuning=SMALL_BLOCKS)
+    spoiled = kernel(q, KVPages(kv, scale), tables, start, n_splits=n_splits, tuning=tuning)
     np.testing.assert_array_equal(spoiled, clean)
 
 
