@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from ..errors import EngineError
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
+from .compilation import left_out_of_garbage_collection
 from .deltas import TokenDelta
 from .engine import Engine, EngineStats
 from .outputs import Answers, RequestOutput, StreamEvent
@@ -20,12 +21,12 @@ class _Listener:
 
     def __init__(self, request_id: str):
         self.request_id = request_id
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
 
-    def deliver(self, delta: TokenDelta | Exception) -> None:
-        """For any thread. Raises RuntimeError when the loop is closed, where nobody listens any more."""
-        self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+    def put(self, delta: TokenDelta | Exception) -> None:
+        """For the loop's thread."""
+        self._deltas.put_nowait(delta)
 
     async def next(self) -> TokenDelta:
         delta = await self._deltas.get()
@@ -151,13 +152,19 @@ class AsyncEngine:
             self._engine.add_request(listener.request_id, prompt, params, priority=priority)
             self._listeners[listener.request_id] = listener
         except Exception as error:  # it belongs to whoever asked
-            self._deliver(listener, error)
+            self._deliver((listener, error))
 
-    def _deliver(self, listener: _Listener, delta: TokenDelta | Exception) -> None:
-        try:
-            listener.deliver(delta)
-        except RuntimeError:  # the loop is closed: nobody is listening any more
-            self._abort(listener)
+    def _deliver(self, *deliveries: tuple[_Listener, TokenDelta | Exception]) -> None:
+        """Each event loop is called once: to wake it for every token of a step would take longer than to plan it."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, TokenDelta | Exception]]] = {}
+        for listener, delta in deliveries:
+            by_loop.setdefault(listener.loop, []).append((listener, delta))
+        for loop, of_loop in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, of_loop)
+            except RuntimeError:  # the loop is closed: nobody is listening any more
+                for listener, _ in of_loop:
+                    self._abort(listener)
 
     def _end(self, listener: _Listener, index: int) -> None:
         if self._is_current(listener):
@@ -181,13 +188,14 @@ class AsyncEngine:
     def _loop(self) -> None:
         error: BaseException = EngineError("the engine is dead: it was shut down.")
         try:
-            self._serve()
+            with left_out_of_garbage_collection():
+                self._serve()
         except BaseException as failure:  # whatever it is, nobody may wait for ever
             error = failure if isinstance(failure, EngineError) else EngineError(f"the engine is dead: {failure!r}.")
         with self._stopping:
             self._stopped = True
         for listener in list(self._listeners.values()):
-            self._deliver(listener, error)
+            self._deliver((listener, error))
         self._engine.shutdown()
         while not self._calls.empty():  # those that came before the end are told of it by the engine
             if call := self._calls.get():
@@ -208,11 +216,15 @@ class AsyncEngine:
                 # It says so to whom it still knows; what the last step had for others is lost with it.
                 said = next((delta.error for delta in deltas if delta.error), "the engine is dead.")
                 for listener in list(self._listeners.values()):
-                    self._deliver(listener, EngineError(said))
+                    self._deliver((listener, EngineError(said)))
                 self._listeners.clear()
                 continue
-            for delta in deltas:
-                if listener := self._listeners.get(delta.request_id):
-                    self._deliver(listener, delta)
+            known = ((self._listeners.get(delta.request_id), delta) for delta in deltas)
+            self._deliver(*((listener, delta) for listener, delta in known if listener is not None))
             for request_id in {delta.request_id for delta in deltas}:
                 self._forget(request_id)
+
+
+def _put_all(deliveries: Sequence[tuple[_Listener, TokenDelta | Exception]]) -> None:
+    for listener, delta in deliveries:
+        listener.put(delta)

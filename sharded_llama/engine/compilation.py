@@ -46,6 +46,17 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def left_out_of_garbage_collection() -> Iterator[None]:
+    """What exists now is not gone through in search of cycles. Of what was traced and compiled there is so much that a
+    collection would hold up every answer for 40 ms."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class CompileCounter:
     """Counts what XLA is asked to compile in this process from now on; what comes from the disk counts as well.
 

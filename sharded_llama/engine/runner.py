@@ -201,9 +201,10 @@ class Runner:
 
     def _all_jobs(self) -> list[Job]:
         sizes = self.sizes
-        jobs: list[Job] = [(self._forward, s) for s in reversed(sizes.shapes)]
+        # The smallest first: on GPUs XLA measures which products are best for few rows, one after the other.
+        jobs: list[Job] = [(self._forward, s) for s in sizes.shapes]
         if Mode.ENTROPY in self.modes:
-            jobs += [(self._forward, s, True) for s in reversed(sizes.shapes)]
+            jobs += [(self._forward, s, True) for s in sizes.shapes]
         if sizes.decode_steps > 1:
             single = [s for s in sizes.shapes if not s.n_blocks]
             jobs += [(self._decode_several, s, sizes.decode_steps, mode) for mode in self.modes for s in single]

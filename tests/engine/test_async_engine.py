@@ -6,6 +6,7 @@ The time limit of `finish` only ends a test that hangs.
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import threading
 
 import jax
@@ -358,6 +359,14 @@ def test_an_engine_that_raises_ends_every_request(serving, engine, monkeypatch):
             await collect(serving, "later", [5], SHORT)
 
     finish(scenario())
+
+
+def test_what_was_there_before_is_not_searched_for_garbage_while_serving(engine):
+    serving = AsyncEngine(engine)
+    finish(collect(serving, "a", [5, 6, 7], SHORT))
+    assert gc.get_freeze_count() > 0
+    serving.shutdown()
+    assert gc.get_freeze_count() == 0
 
 
 def test_shutdown_ends_everything(serving, engine, permits):
