@@ -121,6 +121,18 @@ def test_project_qkv(model):
         assert distance(ours, theirs.numpy()) < LEAF
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize("n_inputs", [1, 2])
+def test_linear(shape, n_inputs):
+    """One row, several, and more axes than one on either side."""
+    x, w = normal(0, *shape, 6, 10), normal(1, 3, 4, 6, 10)
+    if n_inputs == 1:
+        x, w = x[..., 0, :], w[:, :, 0]
+    ours = jax.jit(layers.linear, static_argnames="n_inputs")(x, w, n_inputs=n_inputs)
+    assert ours.shape == (*shape, 3, 4)
+    assert distance(ours, np.tensordot(x, w, axes=[range(-n_inputs, 0)] * 2)) < LEAF
+
+
 @pytest.mark.parametrize("subscripts", ["...d,grkd->...grk", "...hk,dhk->...d", "bgrls,bsgk->blgrk"])
 def test_long_float32_sums_are_taken_in_parts_on_nvidia_gpus(subscripts, monkeypatch):
     """One chain of 4096 products is 1.2e-6 from float64 there. Elsewhere, and in other types, nothing changes."""
