@@ -161,8 +161,7 @@ def _sizes_on_accelerator(slots: int, block: int, max_tokens: int | None, decode
     beside = tuple(sorted({0, few, max(few, slots // 2), slots}))
     mixed = {(n, (max_tokens - n) // block) for n in beside}
     mixed.add((slots, most))  # for chunks that turn out to be rows of one token, beyond what was planned with
-    if most >= FEW_BLOCKS * 8:
-        mixed |= {(n, most // 8) for n in (0, few, slots)}
+    mixed |= {(n, most // part) for n in (0, few, slots) for part in (8, 4, 2) if most >= FEW_BLOCKS * part}
     decoding = {1, slots, *(2**i for i in (3, *range(5, 20)) if 2**i < slots)}
     shapes = _shapes(slots, block, decoding, mixed)
     return Sizes(slots, max_tokens, block, most, decode_steps or 1, 1, shapes, beside)
