@@ -33,23 +33,24 @@ def check(config, mesh, slots=8, n_pages=64):
     """A step of single tokens and chunks on every data shard, and the sampler after it."""
     weights = abstract_weights(config, mesh)
     pages = KVPages.abstract(config, mesh, n_pages)
-    data, shape = mesh.shape[DATA], StepShape(n_single=slots, n_blocks=16, block=16)
+    data, shape = mesh.shape[DATA], StepShape(n_single=slots, n_blocks=16, block=16, n_chosen=slots)
 
     def array(*shape):
         return jax.ShapeDtypeStruct((data * shape[0], *shape[1:]), jnp.int32, sharding=named_sharding(mesh, "tokens"))
 
     state = DeviceState(pages, array(slots, n_pages), array(slots))
     rows = array(shape.n_rows, Column.COUNT)
-    run = functools.partial(forward, config=config, mesh=mesh, backend="blockwise")
-    forwarded, after = jax.eval_shape(run, weights, state, rows, array(shape.n_blocks, shape.block))
+    run = functools.partial(forward, config=config, mesh=mesh, backend="blockwise", n_chosen=shape.n_chosen)
+    forwarded, after, chosen = jax.eval_shape(run, weights, state, rows, array(shape.n_blocks, shape.block))
     logits, normalizer = forwarded.logits_RV, forwarded.normalizer_R
-    assert logits.shape == (data * shape.n_rows, padded(config.vocab_size, mesh.shape[MODEL]))
+    assert chosen.shape == (data * shape.n_logits, Column.COUNT)
+    assert logits.shape == (data * shape.n_logits, padded(config.vocab_size, mesh.shape[MODEL]))
     assert (logits.dtype, normalizer.shape) == (jnp.float32, logits.shape[:1])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), pages)
     of_slots = abstract_slots(mesh, slots, config.vocab_size, logits.shape[1])
     for mode in (Mode.GREEDY, Mode.LOGPROBS):
         run = functools.partial(choose, config=config, mesh=mesh, mode=mode)
-        sampled, newest, kept = jax.eval_shape(run, forwarded, state.tokens_S, of_slots, rows)
+        sampled, newest, kept = jax.eval_shape(run, forwarded, state.tokens_S, of_slots, chosen)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(lambda x: (x.shape, x.dtype), of_slots)
         assert (sampled.tokens_R.shape, sampled.tokens_R.dtype) == (logits.shape[:1], jnp.int32)
         assert (newest.shape, newest.dtype) == (state.tokens_S.shape, jnp.int32)

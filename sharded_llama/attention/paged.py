@@ -34,17 +34,26 @@ def paged_attn_reference(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
 def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
     """`paged_attn_reference` with BLOCK positions in memory at a time, as far as the longest row needs.
 
-    Rows of several queries are taken one after the other, each as far as it needs itself: together they would score
-    twice as much of a prompt. Of rows of one query blocks beyond a row's own length leave its sums as they are, bit for
-    bit: what a row gives does not depend on how long the others are.
+    Blocks beyond a row's own length leave its sums as they are, bit for bit: what a row gives does not depend on how
+    long the others are. On CPUs rows of several queries are taken one after the other, each as far as it needs itself:
+    together they would score twice as much of a prompt.
     """
-    if q_BLHK.shape[0] > 1 and q_BLHK.shape[1] > 1:
+    if q_BLHK.shape[0] == 1 or q_BLHK.shape[1] == 1:
+        return _together(q_BLHK, pages, tables_BW, start_B)
 
+    def one_by_one(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
         def one_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             q_LHK, table_W, start = row
-            return paged_attn_blockwise(q_LHK[None], pages, table_W[None], start[None])[0]
+            return _together(q_LHK[None], pages, table_W[None], start[None])[0]
 
         return jax.lax.map(one_row, (q_BLHK, tables_BW, start_B))
+
+    args = (q_BLHK, pages, tables_BW, start_B)
+    return jax.lax.platform_dependent(*args, cpu=one_by_one, default=_together)
+
+
+def _together(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
+    """All rows, as far as the longest needs."""
     length, page_size = q_BLHK.shape[1], pages.kv_NPGK.shape[1]
     n_kv_heads = pages.kv_NPGK.shape[2] // 2
     q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])

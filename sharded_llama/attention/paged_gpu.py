@@ -283,7 +283,8 @@ def _attend(*refs: jax.Ref | None, sizes: _Sizes, n_given: int) -> None:
         masked_from = first
         if sizes.two_loops:
             first_query = start + lax.div(tile * sizes.tile, sizes.group)
-            masked_from = jnp.minimum(jnp.maximum(lax.div(first_query + 1, sizes.block), first), last)
+            n_whole = lax.div(jnp.minimum(first_query + 1, end), sizes.block)
+            masked_from = jnp.minimum(jnp.maximum(n_whole, first), last)
             nothing = lax.fori_loop(first, masked_from, functools.partial(step, whole=True), nothing)
         peak_M, denominator_M, weighted_MK = lax.fori_loop(masked_from, last, step, nothing)
         weighted_MK = weighted_MK * (1 / lift)

@@ -42,7 +42,7 @@ class EngineOptions:
 
     max_model_len: int | None = None  # longest prompt and answer together; default: the model's, or what memory holds
     max_num_seqs: int | None = None  # sequences that run at the same time; a multiple of data
-    max_num_batched_tokens: int | None = None  # tokens of one step at most, over all data shards
+    max_num_batched_tokens: int | None = None  # tokens of one step at most, over all data shards; without padding
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"  # auto: the model's type
     memory_utilization: float = 0.9  # share of an accelerator's memory for weights, cache and temporaries
@@ -104,15 +104,18 @@ class Sizes:
     max_blocks: int  # chunk rows of one step
     decode_steps: int
     run_length: int  # where all rows have one token: consecutive ones that attention takes together
-    shapes: tuple[StepShape, ...]  # of every step that is ever run, smallest first
+    shapes: tuple[StepShape, ...]  # of every step that is ever run, those that only decode first
     # Numbers of rows of one token that have a shape of max_tokens each, together with chunks; () where there are none.
     beside_chunks: tuple[int, ...] = ()
 
     def shape_for(self, n_single: int, n_blocks: int, n_logits: int = 0) -> StepShape:
-        """The smallest shape with room for these rows, and for those that are chosen from: all single ones at least."""
+        """The smallest shape with room for these rows, and for those that are chosen from: all single ones at least.
+
+        Without chunks it is one without them: several steps at once are only compiled for these.
+        """
         wanted = (n_single, n_blocks, max(n_single, n_logits))
         fitting = (s for s in self.shapes if all(map(operator.ge, (s.n_single, s.n_blocks, s.n_logits), wanted)))
-        return min(fitting, key=lambda s: s.n_tokens)
+        return min((s for s in fitting if n_blocks or not s.n_blocks), key=lambda s: s.n_tokens)
 
 
 def block_of(mesh: Mesh) -> int:

@@ -4,10 +4,9 @@ Python takes up to half a second to trace and lower a step, one at a time. Where
 most of a start. So what was traced is kept beside them, as StableHLO (`jax.export`), and a later start lowers that.
 """
 
-import functools
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,26 @@ from .steps import Forwarded
 
 CHECKSUM_BYTES = 16  # before each program
 PACKAGE = Path(__file__).parent.parent
-# Of JAX, what a trace depends on beside the source and the arguments.
-SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+# Of JAX, what a trace may depend on beside the source, the arguments and the environment (JAX_..).
+SETTINGS = (
+    "jax_debug_infs",
+    "jax_debug_nans",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_embedded_constants_max_bytes",
+    "jax_enable_checks",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_pallas_enable_debug_checks",
+    "jax_pallas_use_mosaic_gpu",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_threefry_partitionable",
+    "jax_use_high_dynamic_range_gumbel",
+    "jax_use_shardy_partitioner",
+)
 # Kernels by Pallas are no part of what JAX promises to read in another version; another version reads other files.
 KERNELS = [export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call")]
 
@@ -64,24 +81,24 @@ def lower(
         return jitted.lower(*args)
     file = folder / f"{_digest(identity, args, donate, out)}.stablehlo"
     program = _read(file)
-    if program is None:
-        try:
+    try:
+        if program is None:
             program = export.export(jitted, disabled_checks=KERNELS)(*args)
             _write(file, bytes(program.serialize()))
-        except (ValueError, NotImplementedError, ImportError, OSError) as error:
-            logging.vlog(1, "%s is not kept: %s", identity, error)
-            return jitted.lower(*args)
-    # The same detour in the first start as in later ones, so that they compile the same and find it on the disk.
-    return jax.jit(program.call, donate_argnums=donate, out_shardings=out).lower(*args)
+        # The same detour in the first start as in later ones, so that they compile the same and find it on the disk.
+        return jax.jit(program.call, donate_argnums=donate, out_shardings=out).lower(*args)
+    except Exception as error:  # whatever JAX does not export; what is wrong with the step itself comes again
+        logging.log_first_n(logging.WARNING, "steps are not kept on disk and will be traced again: %s", 1, error)
+        return jitted.lower(*args)
 
 
 def _digest(*what: Any) -> str:
-    settings = tuple(getattr(jax.config, name, None) for name in SETTINGS)
-    of = (jax.__version__, jaxlib.__version__, settings, _source_digest(), *what)
+    settings = [getattr(jax.config, name, None) for name in SETTINGS]
+    environment = sorted((name, value) for name, value in os.environ.items() if name.startswith("JAX_"))
+    of = (jax.__version__, jaxlib.__version__, settings, environment, SOURCE, *what)
     return hashlib.blake2b(repr(of).encode(), digest_size=16).hexdigest()
 
 
-@functools.cache
 def _source_digest() -> str:
     """Of all of this package's source: a change anywhere may change what is traced."""
     digest = hashlib.blake2b(digest_size=16)
@@ -91,8 +108,11 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
+SOURCE = _source_digest()  # of what is being imported: a file that is changed later does not run here
+
+
 def _read(file: Path) -> export.Exported | None:
-    """None if there is none, or one that is damaged."""
+    """None if there is none, or none that can be used."""
     try:
         stored = file.read_bytes()
     except OSError:
@@ -101,18 +121,21 @@ def _read(file: Path) -> export.Exported | None:
     if checksum != _checksum(program):
         logging.warning("%s is damaged and is made again.", file)
         return None
-    return export.deserialize(bytearray(program))
+    try:
+        return export.deserialize(bytearray(program))
+    except Exception as error:  # of another version of the format, or without what reads it
+        logging.log_first_n(logging.WARNING, "%s cannot be read: %s", 1, file, error)
+        return None
 
 
 def _write(file: Path, program: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}")  # readable for those who share the folder
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(_checksum(program) + program)
+        temporary.write_bytes(_checksum(program) + program)
         os.replace(temporary, file)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

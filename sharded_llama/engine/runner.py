@@ -201,7 +201,7 @@ class Runner:
 
     def _all_jobs(self) -> list[Job]:
         sizes = self.sizes
-        # The smallest first: on GPUs XLA measures which products are best for few rows, one after the other.
+        # Few rows first: on GPUs XLA measures which products are best for them, one after the other.
         jobs: list[Job] = [(self._forward, s) for s in sizes.shapes]
         if Mode.ENTROPY in self.modes:
             jobs += [(self._forward, s, True) for s in sizes.shapes]

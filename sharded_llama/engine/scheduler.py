@@ -140,7 +140,8 @@ class _Shard:
         self.prefilling: list[Sequence] = []  # those with known tokens to compute
         self.decoding: list[Sequence] = []  # those whose next token comes from a decode row
         # Running but neither prefilling nor decoding: all that it may generate is scheduled, and is waited for.
-        self.tokens_left = 0  # that the step being scheduled has room for
+        self.idle_rows = 0  # of the step being scheduled, beside its decode rows: they cost nothing more
+        self.tokens_left = 0  # that it has room for
         self.blocks_left = 0  # chunk rows that it has room for
         self.extra_rows = 0  # rows of one token in it beyond one for each running sequence
 
@@ -268,6 +269,7 @@ class Scheduler:
         for shard in self._shards:
             n_decode = len(shard.decoding)
             counted = next((n for n in self.config.decode_row_sizes if n >= n_decode), n_decode)
+            shard.idle_rows = counted - n_decode
             shard.tokens_left = self.config.max_batched_tokens - counted
             shard.blocks_left = min(self.config.max_blocks, shard.tokens_left // self.config.block)
             shard.extra_rows = 0
@@ -376,7 +378,7 @@ class Scheduler:
         A page for each running sequence stays free: it may need it before the drafts are read.
         """
         drafts: list[list[int]] = []
-        room = shard.tokens_left
+        room = shard.tokens_left + shard.idle_rows
         if self.config.block > 1:
             room = min(room, len(shard.free_slots) - shard.extra_rows)
         n_waiting = sum(bool(seq.draft) for seq in decode)

@@ -15,6 +15,7 @@ import pytest
 from hf_reference import make_model, save
 
 from sharded_llama.engine.async_engine import AsyncEngine
+from sharded_llama.engine.compilation import left_out_of_garbage_collection
 from sharded_llama.engine.engine import Engine
 from sharded_llama.engine.llm import LLM
 from sharded_llama.engine.loading import load_model
@@ -362,11 +363,22 @@ def test_an_engine_that_raises_ends_every_request(serving, engine, monkeypatch):
 
 
 def test_what_was_there_before_is_not_searched_for_garbage_while_serving(engine):
-    serving = AsyncEngine(engine)
-    finish(collect(serving, "a", [5, 6, 7], SHORT))
-    assert gc.get_freeze_count() > 0
-    serving.shutdown()
-    assert gc.get_freeze_count() == 0
+    was_frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        serving = AsyncEngine(engine)
+        finish(collect(serving, "a", [5, 6, 7], SHORT))
+        assert gc.get_freeze_count() > 0
+        serving.shutdown()
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
+        with left_out_of_garbage_collection():
+            pass
+        assert gc.get_freeze_count() > 0  # what somebody else has done stays
+    finally:
+        gc.unfreeze()
+        if was_frozen:
+            gc.freeze()
 
 
 def test_shutdown_ends_everything(serving, engine, permits):

@@ -250,6 +250,15 @@ def sampled_cases(n_cases, **kwargs):
     ]
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
+def test_many_slots_and_few_tokens_of_a_step(new_engine, cases, expected, mesh_shape):
+    """A step of prompts is then smaller than one of all slots; what only decodes does not run in it."""
+    data = mesh_shape[0]
+    narrow = new_engine(mesh_shape, max_num_seqs=40 * data, max_num_batched_tokens=56 * data, decode_steps=4)
+    answers = text(run(narrow, cases[:20]))
+    assert answers == {key: expected[key] for key in answers}
+
+
 def test_several_decode_steps_of_one_dispatch_give_the_same(new_engine, engine, cases, expected):
     """Stops and ends within a dispatch included, greedy and sampled."""
     several = new_engine(decode_steps=4)

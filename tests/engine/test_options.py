@@ -156,6 +156,19 @@ class TestSizes:
                 assert shape.n_tokens == min(s.n_tokens for s in fitting)
 
     @pytest.mark.parametrize("platform", ["cpu", "gpu"])
+    def test_steps_that_only_decode_have_no_chunks(self, platform):
+        """Several steps are one dispatch only in these, however few tokens a step may have."""
+        for slots in (1, 2, 15, 16, 17, 33, 64, 100, 300):
+            for room in (32, 33, 48, 100):
+                sizes = sizes_of(
+                    EngineOptions(max_num_seqs=slots, max_num_batched_tokens=slots + room), mesh_of(platform)
+                )
+                for n in range(1, slots + 1):
+                    shape = sizes.shape_for(n, 0, n)
+                    assert (shape.n_blocks, shape.n_chosen) == (0, 0)
+                    assert shape.n_single >= n
+
+    @pytest.mark.parametrize("platform", ["cpu", "gpu"])
     def test_samplers_are_of_as_many_rows_as_decode_steps(self, platform):
         for given in ({}, {"max_num_seqs": 7}, {"max_num_seqs": 100}, {"max_num_seqs": 1000}):
             sizes = sizes_of(EngineOptions(**given), mesh_of(platform))

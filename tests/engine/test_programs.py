@@ -118,7 +118,7 @@ def test_what_makes_another_program(monkeypatch, tmp_path):
     assert files(donate=(0,)) == 5
     with jax.default_matmul_precision("float32"):
         assert files() == 6
-    monkeypatch.setattr(programs, "_source_digest", lambda: "changed")
+    monkeypatch.setattr(programs, "SOURCE", "changed")
     assert files() == 7
     monkeypatch.setattr(jax, "__version__", "99.0")
     assert files() == 8

@@ -697,6 +697,21 @@ def test_drafts_share_the_rows_that_nobody_else_has():
     assert names(plan.rows) == ["a", "b", "c", "late"]
 
 
+def test_drafts_take_rows_that_are_idle_beside_chunks():
+    """Three rows decode where the step has eight, and chunks fill the rest: five drafts cost nothing."""
+    sizes = {"max_batched_tokens": 24, "max_blocks": 8, "slots_per_shard": 8, "decode_row_sizes": (0, 8)}
+    scheduler = scheduler_of(**sizes)
+    for name in "abc":
+        scheduler.add(sequence(name, [1], speculates=True))
+    scheduler.update(scheduler.schedule(), np.ones((1, 3), np.int64))
+    scheduler.add(sequence("long", range(30)))
+    for seq in scheduler.speculating():
+        seq.draft = [1] * 6
+    plan = scheduler.schedule()
+    assert len(plan.chunks[0][0].tokens) == 16
+    assert sum(map(len, plan.drafts[0])) == 4  # the fifth row is that of the sequence whose prompt is computed
+
+
 def test_what_waits_comes_before_drafts():
     """A sequence, a fork, and a prompt under way: each has its row or block first."""
     for changes in ({}, {"block": 1, "max_blocks": 4, "max_batched_tokens": 4}):

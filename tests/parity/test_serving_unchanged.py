@@ -91,7 +91,7 @@ def test_the_compiled_steps_are_those_of_a_model_without_probes(stripped, monkey
             table_width=4,
             kv_dtype="auto",
         )
-        decode, mixed = StepShape(4, 0, 1), StepShape(4, 2, 16)
+        decode, mixed = StepShape(4, 0, 1), StepShape(4, 2, 16, 4)
         assert {decode, mixed} <= set(runner.sizes.shapes)
         return [program(runner._forward(decode)), program(runner._forward(mixed))]
 
