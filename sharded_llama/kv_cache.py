@@ -77,7 +77,7 @@ class KVPages(NamedTuple):
 
     def read(self, pages: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Keys and values (.., P, G', K) of pages (..), in `dtype`; numbers beyond the pool read some page."""
-        kv = self.kv_NPGK.at[pages].get(mode="clip")
+        kv = _get(self.kv_NPGK, pages)
         if self.scale_NPG is None:
             kv = kv.astype(dtype)
         else:
@@ -94,6 +94,10 @@ class KVPages(NamedTuple):
         return jax.tree.map(copied, self)
 
 
+def _get(pages: jax.Array, at: jax.Array) -> jax.Array:
+    return _in_bits(lambda pages, at: pages.at[at].get(mode="clip"), pages, at)
+
+
 def _put(pages: jax.Array, new: jax.Array, at_T: jax.Array) -> jax.Array:
     flat = pages.reshape(-1, *pages.shape[2:])
     if len(at_T) == 1:
@@ -102,7 +106,25 @@ def _put(pages: jax.Array, new: jax.Array, at_T: jax.Array) -> jax.Array:
     # Places beyond the pool are all made different, so that the indices are unique as promised.
     beyond_T = flat.shape[0] + jnp.arange(at_T.shape[0], dtype=at_T.dtype)
     at_T = jnp.where(at_T < flat.shape[0], at_T, beyond_T)
-    return flat.at[at_T].set(new, mode="drop", unique_indices=True).reshape(pages.shape)
+
+    def put(flat: jax.Array, at_T: jax.Array, new: jax.Array) -> jax.Array:
+        return flat.at[at_T].set(new, mode="drop", unique_indices=True)
+
+    return _in_bits(put, flat, at_T, new).reshape(pages.shape)
+
+
+def _in_bits(move: Callable[..., jax.Array], pages: jax.Array, at: jax.Array, *new: jax.Array) -> jax.Array:
+    """`move` of whole numbers in place of small floating-point types on CPUs, which do not have these: XLA would
+    convert the whole pool to float32 and back."""
+    if not jnp.issubdtype(pages.dtype, jnp.floating) or pages.dtype.itemsize >= 4:
+        return move(pages, at, *new)
+
+    def of_bits(pages: jax.Array, at: jax.Array, *new: jax.Array) -> jax.Array:
+        bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
+        moved = move(*(x if x is at else jax.lax.bitcast_convert_type(x, bits) for x in (pages, at, *new)))
+        return jax.lax.bitcast_convert_type(moved, pages.dtype)
+
+    return jax.lax.platform_dependent(pages, at, *new, cpu=of_bits, default=move)
 
 
 def _layout(mesh: Mesh) -> Format | NamedSharding:
