@@ -89,7 +89,7 @@ class KVPages(NamedTuple):
         """Copies whole pages; targets beyond the pool are dropped."""
 
         def copied(x: jax.Array) -> jax.Array:
-            return x.at[target_C].set(x.at[source_C].get(mode="clip"), mode="drop")
+            return _in_bits(lambda x, at, new: x.at[at].set(new, mode="drop"), x, target_C, _get(x, source_C))
 
         return jax.tree.map(copied, self)
 
