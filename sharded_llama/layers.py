@@ -170,13 +170,12 @@ def split_qkv(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return q, qkv[..., width - 2, :], qkv[..., width - 1, :]
 
 
-def feed_forward(x: jax.Array, w13_2FD: jax.Array, w2_DF: jax.Array, probe: Probe = unprobed) -> jax.Array:
-    """SwiGLU: (silu(x w1) * (x w3)) w2 (Shazeer, 2020). Returns this shard's partial sum (.., D).
+def swiglu(x: jax.Array, w13_2FD: jax.Array, probe: Probe = unprobed) -> jax.Array:
+    """silu(x w1) * (x w3) of x (.., D): (.., F) (Shazeer, 2020).
 
     The activation is computed in float32 and rounded once: silu in bfloat16 would round three times.
     """
     acc = accumulator(x.dtype)
     gate_up = linear(x, w13_2FD)
     gate, up = probe("gate", gate_up[..., 0, :]), probe("up", gate_up[..., 1, :])
-    activation = probe("activation", (jax.nn.silu(gate.astype(acc)) * up.astype(acc)).astype(x.dtype))
-    return linear(activation, w2_DF)
+    return probe("activation", (jax.nn.silu(gate.astype(acc)) * up.astype(acc)).astype(x.dtype))

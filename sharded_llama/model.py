@@ -16,18 +16,19 @@ from .attention import Runs, attend, attend_pages, choose_backend
 from .attention.metrics import attention_metrics
 from .attention.scores_gpu import paged_scores
 from .config import LlamaConfig
+from .fused import swiglu as swiglu_kernel
 from .fused.add_norm import add_norm, add_norm_reference
 from .fused.rotate_write import rotate_write
 from .kv_cache import KVPages
 from .layers import (
     Probe,
     apply_rotary_emb,
-    feed_forward,
     linear,
     project_qkv,
     rms_norm,
     rope_angles,
     split_qkv,
+    swiglu,
     unprobed,
 )
 from .mesh import check_mesh
@@ -141,6 +142,7 @@ def xfmr_step(
         _forward_step,
         config=config,
         backend=backend,
+        on_hopper=swiglu_kernel.runs_on(mesh.devices.flat[0]),
         n_single=n_single,
         run_length=run_length,
         all_logits=all_logits,
@@ -216,6 +218,7 @@ def _forward_step(
     *,
     config: LlamaConfig,
     backend: str,
+    on_hopper: bool,
     n_single: int,
     run_length: int,
     all_logits: bool,
@@ -235,7 +238,7 @@ def _forward_step(
     last_R = last_tokens(rows, n_single)  # R from here on: rows whose logits are wanted
     for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
         args = (layer_weights, h_TD, rotary, layer_pages, places, added)
-        static = {"config": config, "backend": backend, "n_single": n_single}
+        static = {"config": config, "backend": backend, "on_hopper": on_hopper, "n_single": n_single}
         if with_metrics and i == len(pages) - 1:
             h_TD, layer_pages, added = transformer_layer(*args, **static, probe=see)
             live_R = _chosen(jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0), rows)
@@ -311,6 +314,7 @@ def transformer_layer(
     *,
     config: LlamaConfig,
     backend: str,
+    on_hopper: bool = False,
     n_single: int = 0,
     dropout_rate: float = 0.0,
     probe: Probe = unprobed,
@@ -321,6 +325,7 @@ def transformer_layer(
     step, and `places` and `n_single` say of which rows. `rotary` is cos and sin (.., K/2) of the tokens' positions.
     `added` is what the layer before left to be added, this shard's part of it: kernels that fuse the sums with the norm
     take it from there.
+    `on_hopper`: whether kernels for GPUs of that generation can be used.
     `probe` is given every component that has a name in `parity.components`.
     """
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
@@ -352,16 +357,17 @@ def transformer_layer(
     with jax.named_scope("feed_forward"):
         if fused:
             h, x = sum_norm(h, attn, w.ffn_norm)
-            return h, pages, feed_forward(x, w.w13, w.w2)
+            activate = swiglu_kernel.swiglu_gpu if on_hopper and swiglu_kernel.fits(x, w.w13) else swiglu
+            return h, pages, linear(activate(x, w.w13), w.w2)
         attn = probe("attn_wo", jax.lax.psum(attn, MODEL))
         h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
         x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
-        down = probe("down", jax.lax.psum(feed_forward(x, w.w13, w.w2, probe), MODEL))
+        down = probe("down", jax.lax.psum(linear(swiglu(x, w.w13, probe), w.w2), MODEL))
         return probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2)), pages, None
 
 
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
-_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "n_single", "dropout_rate"))
+_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "on_hopper", "n_single", "dropout_rate"))
 
 
 def embed(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:

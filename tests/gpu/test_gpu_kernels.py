@@ -13,10 +13,11 @@ from sharded_llama.attention.paged_gpu import paged_rows_gpu
 from sharded_llama.attention.scores_gpu import paged_scores
 from sharded_llama.config import LlamaConfig
 from sharded_llama.engine.llm import LLM
+from sharded_llama.fused import swiglu as swiglu_kernel
 from sharded_llama.fused.add_norm import add_norm, add_norm_reference
 from sharded_llama.fused.rotate_write import rotate_write, rotate_write_reference
 from sharded_llama.kv_cache import PAGE_SIZE, KVPages
-from sharded_llama.layers import rope_angles
+from sharded_llama.layers import rope_angles, swiglu
 from sharded_llama.mesh import make_mesh
 from sharded_llama.sampling import SamplingParams
 
@@ -44,6 +45,23 @@ def test_add_norm(dtype, n_rows, width):
         theirs = jax.jit(add_norm_reference, static_argnums=3)(h, added, weight, 1e-5)
         np.testing.assert_array_equal(np.float32(ours[0]), np.float32(theirs[0]))
         np.testing.assert_allclose(np.float32(ours[1]), np.float32(theirs[1]), **plain(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "terms"),
+    [(128, 96, 64), (256, 14336, 4096), (384, 224, 320), (2048, 14336, 4096), (2304, 896, 5120)],
+)
+def test_swiglu(dtype, rows, columns, terms):
+    """All widths of tiles, sums shorter than the ring, and processors without a tile."""
+    if not swiglu_kernel.runs_on(jax.devices()[0]):
+        pytest.skip("the kernel is for the Hopper generation")
+    x = jax.random.normal(jax.random.key(0), (rows, terms), dtype)
+    w13 = jax.random.normal(jax.random.key(1), (2, columns, terms), dtype) * terms**-0.5
+    assert swiglu_kernel.fits(x, w13)
+    ours, theirs = (np.float32(jax.jit(f)(x, w13)) for f in (swiglu_kernel.swiglu_gpu, swiglu))
+    np.testing.assert_allclose(ours, theirs, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-4)
+    assert np.mean(ours != theirs) < 0.02
 
 
 @pytest.mark.parametrize("dtype", TYPES)
