@@ -3,7 +3,7 @@
 Gate and up of a token are computed by the same program, which writes their activation alone: a third of what the
 product and an activation after it write and read. One program for each processor walks over its tiles of the result.
 A warpgroup of it copies tiles of x and of the weights into a ring of shared memory, ahead of two that multiply; it
-goes on to the next tile while these write the last one.
+goes on to the next tile while these write the last one. Rows beyond the last one are copied as zeros, and not written.
 """
 
 import functools
@@ -47,17 +47,17 @@ def runs_on(device: jax.Device) -> bool:
 
 
 def fits(x_TD: jax.Array, w13_2FD: jax.Array) -> bool:
-    """Whether the kernel takes these shapes and types; few rows are for other products."""
+    """Whether the kernel takes these types and shapes. Few rows are for products that do not fill them up to a tile."""
     rows, terms = x_TD.shape
     half = x_TD.dtype == w13_2FD.dtype and x_TD.dtype in (jnp.bfloat16, jnp.float16)
-    return half and rows % ROWS == 0 and terms % TERMS == 0 and any(w13_2FD.shape[1] % w == 0 for w in WIDTHS)
+    return half and rows > ROWS // 2 and terms % TERMS == 0 and any(w13_2FD.shape[1] % w == 0 for w in WIDTHS)
 
 
 def swiglu_gpu(x_TD: jax.Array, w13_2FD: jax.Array) -> jax.Array:
     """`layers.swiglu` in one kernel, for what `fits`: (T, F)."""
     (rows, terms), columns = x_TD.shape, w13_2FD.shape[1]
     width = tile_width(rows, columns)
-    sizes = _Sizes(rows // ROWS, columns // width, terms // TERMS, width)
+    sizes = _Sizes(pl.cdiv(rows, ROWS), columns // width, terms // TERMS, width)
     return plgpu.kernel(
         functools.partial(_swiglu, sizes=sizes),
         out_type=jax.ShapeDtypeStruct((rows, columns), x_TD.dtype),
@@ -74,7 +74,7 @@ def tile_width(rows: int, columns: int) -> int:
     """The width with which the busiest processor computes the fewest columns; of several the largest."""
 
     def in_turn(width: int) -> int:
-        return pl.cdiv(rows // ROWS * (columns // width), N_PROCESSORS) * width
+        return pl.cdiv(pl.cdiv(rows, ROWS) * (columns // width), N_PROCESSORS) * width
 
     return min((w for w in WIDTHS if columns % w == 0), key=in_turn)
 
