@@ -48,9 +48,10 @@ def runs_on(device: jax.Device) -> bool:
 
 def fits(x_TD: jax.Array, w13_2FD: jax.Array) -> bool:
     """Whether the kernel takes these types and shapes. Few rows are for products that do not fill them up to a tile."""
-    rows, terms = x_TD.shape
+    (rows, terms), columns = x_TD.shape, w13_2FD.shape[1]
     half = x_TD.dtype == w13_2FD.dtype and x_TD.dtype in (jnp.bfloat16, jnp.float16)
-    return half and rows > ROWS // 2 and terms % TERMS == 0 and any(w13_2FD.shape[1] % w == 0 for w in WIDTHS)
+    many = rows > ROWS // 2 and rows % 8 == 0  # bulk copies have eight rows together
+    return half and many and terms % TERMS == 0 and any(columns % w == 0 for w in WIDTHS)
 
 
 def swiglu_gpu(x_TD: jax.Array, w13_2FD: jax.Array) -> jax.Array:

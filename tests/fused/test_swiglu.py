@@ -19,7 +19,7 @@ def arrays(rows, columns, terms, dtype="bfloat16"):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("rows", "columns", "terms"),
-    [(128, 256, 64), (256, 224, 320), (384, 96, 256), (70, 128, 128), (333, 192, 64)],
+    [(128, 256, 64), (256, 224, 320), (384, 96, 256), (72, 128, 128), (336, 192, 64)],
     ids=["one stage", "more than a ring", "as many as a ring", "a part of a tile", "rows beyond the last"],
 )
 def test_equals_the_reference(monkeypatch, dtype, rows, columns, terms):
@@ -37,7 +37,12 @@ def test_equals_the_reference(monkeypatch, dtype, rows, columns, terms):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "terms", "dtype", "width"),
-    [(2048, 14336, 4096, "bfloat16", 128), (256, 14336, 4096, "float16", 112), (2032, 96, 64, "bfloat16", 96)],
+    [
+        (2048, 14336, 4096, "bfloat16", 128),
+        (256, 14336, 4096, "float16", 112),
+        (2032, 96, 64, "bfloat16", 96),
+        (72, 224, 320, "bfloat16", 112),
+    ],
 )
 def test_lowers(rows, columns, terms, dtype, width):
     x, w13 = jax.ShapeDtypeStruct((rows, terms), dtype), jax.ShapeDtypeStruct((2, columns, terms), dtype)
@@ -52,11 +57,12 @@ def test_lowers(rows, columns, terms, dtype, width):
     ("rows", "columns", "terms", "dtype"),
     [
         (64, 128, 64, "bfloat16"),
+        (130, 128, 64, "bfloat16"),
         (128, 100, 64, "bfloat16"),
         (128, 128, 96, "bfloat16"),
         (128, 128, 64, "float32"),
     ],
-    ids=["few rows", "columns", "terms", "type"],
+    ids=["few rows", "rows", "columns", "terms", "type"],
 )
 def test_does_not_fit(rows, columns, terms, dtype):
     assert not kernel.fits(*arrays(rows, columns, terms, dtype))
