@@ -52,6 +52,11 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | 
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def is_hopper(device: jax.Device) -> bool:
+    """Whether a device is an NVIDIA GPU of the Hopper generation, which has instructions that no other one has."""
+    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+
+
 def _pool_threads() -> int:
     """Threads that JAX's CPU devices share."""
     nproc = os.environ.get("NPROC", "")

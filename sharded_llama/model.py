@@ -16,7 +16,6 @@ from .attention import Runs, attend, attend_pages, choose_backend
 from .attention.metrics import attention_metrics
 from .attention.scores_gpu import paged_scores
 from .config import LlamaConfig
-from .fused import swiglu as swiglu_kernel
 from .fused.add_norm import add_norm, add_norm_reference
 from .fused.rotate_write import rotate_write
 from .kv_cache import KVPages
@@ -31,7 +30,7 @@ from .layers import (
     swiglu,
     unprobed,
 )
-from .mesh import check_mesh
+from .mesh import check_mesh, is_hopper
 from .sharding import DATA, MODEL, SPECS, local_ids
 from .weights import LayerWeights, XfmrWeights
 
@@ -142,7 +141,7 @@ def xfmr_step(
         _forward_step,
         config=config,
         backend=backend,
-        on_hopper=swiglu_kernel.runs_on(mesh.devices.flat[0]),
+        on_hopper=is_hopper(mesh.devices.flat[0]),
         n_single=n_single,
         run_length=run_length,
         all_logits=all_logits,
@@ -229,8 +228,12 @@ def _forward_step(
     positions_T, places = row_places(rows, n_single, n_pages, page_size, run_length)
     rotary = rope_angles(config, positions_T)
     with jax.named_scope("embedding"):
-        h_TD = embed(weights.tok_embeddings, rows.tokens_T)
-    added, new_pages, metrics, seen = None, [], [], {}
+        h_TD, added = embedding_part(weights.tok_embeddings, rows.tokens_T), None
+        if backend == "gpu":  # like what a layer leaves: so the first one is traced and compiled as the others are
+            h_TD, added = jnp.zeros_like(h_TD), h_TD
+        else:
+            h_TD = jax.lax.psum(h_TD, MODEL)
+    new_pages, metrics, seen = [], [], {}
 
     def see(name: str, x: jax.Array) -> jax.Array:
         return seen.setdefault(name, x)
@@ -357,8 +360,8 @@ def transformer_layer(
     with jax.named_scope("feed_forward"):
         if fused:
             h, x = sum_norm(h, attn, w.ffn_norm)
-            activate = swiglu_kernel.swiglu_gpu if on_hopper and swiglu_kernel.fits(x, w.w13) else swiglu
-            return h, pages, linear(activate(x, w.w13), w.w2)
+            activation = (_swiglu_on_hopper if on_hopper else swiglu)(x, w.w13)
+            return h, pages, linear(activation, w.w2)
         attn = probe("attn_wo", jax.lax.psum(attn, MODEL))
         h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
         x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
@@ -366,16 +369,26 @@ def transformer_layer(
         return probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2)), pages, None
 
 
+def _swiglu_on_hopper(x_TD: jax.Array, w13_2FD: jax.Array) -> jax.Array:
+    from .fused import swiglu as kernel  # its dialect takes a while to import: only where it is used
+
+    return kernel.swiglu_gpu(x_TD, w13_2FD) if kernel.fits(x_TD, w13_2FD) else swiglu(x_TD, w13_2FD)
+
+
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
 _layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "on_hopper", "n_single", "dropout_rate"))
 
 
 def embed(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Embeddings (.., D) of tokens (..): each shard looks up those of its part of the vocabulary."""
+    """Embeddings (.., D) of tokens (..)."""
+    return jax.lax.psum(embedding_part(tok_embeddings_VD, tokens), MODEL)
+
+
+def embedding_part(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """This shard's part of `embed`, which is their sum: zeros for tokens of the other shards' vocabulary."""
     n_local = tok_embeddings_VD.shape[0]
     local, mine = local_ids(tokens, n_local)
-    x_D = tok_embeddings_VD[jnp.clip(local, 0, n_local - 1)]
-    return jax.lax.psum(jnp.where(mine[..., None], x_D, 0), MODEL)
+    return jnp.where(mine[..., None], tok_embeddings_VD[jnp.clip(local, 0, n_local - 1)], 0)
 
 
 def head(

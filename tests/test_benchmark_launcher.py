@@ -187,8 +187,9 @@ class TestModes:
 
 
 def test_two_starts_of_new_processes(checkpoint, tmp_path, monkeypatch, capsys):
-    """Each is `python -m launch.benchmark --mode=start`."""
-    args = ["--mode=startup", f"--checkpoint={checkpoint}", "--simulate_devices=1", *SMALL, f"--out={tmp_path}"]
+    """Each is `python -m launch.benchmark --mode=start`; steps of one shape make them short."""
+    args = ["--mode=startup", f"--checkpoint={checkpoint}", "--simulate_devices=1", f"--out={tmp_path}"]
+    args += ["--deterministic", "--max_num_seqs=2"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *args])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(ROOT)

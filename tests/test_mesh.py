@@ -1,12 +1,14 @@
 """The mesh, what of it the heads allow, and weights made on it."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import MeshError
-from sharded_llama.mesh import check_mesh, default_mesh, make_mesh, parse_mesh, start_distributed
+from sharded_llama.mesh import check_mesh, default_mesh, is_hopper, make_mesh, parse_mesh, start_distributed
 from sharded_llama.sharding import check_model_size, kv_head_layout, model_sizes, padded
 from sharded_llama.weights import abstract_weights, count_parameters, init_weights
 
@@ -120,3 +122,17 @@ class TestWeights:
     def test_parameter_count(self):
         weights = init_weights(jax.random.key(0), CONFIG, mesh=make_mesh())
         assert count_parameters(CONFIG) == sum(x.size for x in jax.tree.leaves(weights))
+
+
+@pytest.mark.parametrize(
+    ("platform", "fields", "expected"),
+    [
+        ("gpu", {"compute_capability": "9.0"}, True),
+        ("gpu", {"compute_capability": "8.0"}, False),
+        ("gpu", {"compute_capability": "10.0"}, False),
+        ("gpu", {"compute_capability": "gfx942"}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_hopper_is_one_generation(platform, fields, expected):
+    assert is_hopper(types.SimpleNamespace(platform=platform, **fields)) == expected

@@ -24,6 +24,7 @@ def add_norm_reference(
     return h_TD, rms_norm(h_TD, weight_D, eps)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))  # traced and lowered once, not once per call
 def add_norm(
     h_TD: jax.Array, x_TD: jax.Array | None, weight_D: jax.Array, eps: float, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:

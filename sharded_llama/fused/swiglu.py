@@ -41,11 +41,6 @@ class _Sizes(NamedTuple):
         return self.row_tiles * self.column_tiles
 
 
-def runs_on(device: jax.Device) -> bool:
-    """Whether the kernel's instructions are those of this device: they are of one generation alone."""
-    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
-
-
 def fits(x_TD: jax.Array, w13_2FD: jax.Array) -> bool:
     """Whether the kernel takes these types and shapes. Few rows are for products that do not fill them up to a tile."""
     (rows, terms), columns = x_TD.shape, w13_2FD.shape[1]

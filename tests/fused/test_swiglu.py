@@ -66,7 +66,3 @@ def test_lowers(rows, columns, terms, dtype, width):
 )
 def test_does_not_fit(rows, columns, terms, dtype):
     assert not kernel.fits(*arrays(rows, columns, terms, dtype))
-
-
-def test_only_on_hopper():
-    assert not kernel.runs_on(jax.devices()[0])
