@@ -221,6 +221,25 @@ class TestPaged:
         np.testing.assert_array_equal(outcomes[0], outcomes[2])
 
 
+@pytest.mark.parametrize(
+    "firsts",
+    [[0] * 8, [37] * 8, [0] * 3 + [5] * 5, [0] * 4 + [9] * 4, [0] * 7 + [None], [3] * 9 + [None] * 2],
+    ids=["two runs", "in the middle", "a border in a run", "a border between", "a row that is not used", "a rest"],
+)
+def test_rows_that_follow_one_another(firsts):
+    """Chunks of sequences, each in as many rows as it takes: those of one sequence are scored together."""
+    length, n_table = 5, 2 * PAGED_BLOCK // PAGE_SIZE + 1
+    (q, pages, tables, _), _, _ = paged_inputs(len(firsts), length, 4, 2, 8, n_table)
+    rubbish = np.full(n_table, 2**31 - 1, np.int32)
+    sequences = {first: np.asarray(tables[i]) % pages.kv_NPGK.shape[0] for i, first in enumerate(dict.fromkeys(firsts))}
+    of_rows = np.stack([rubbish if first is None else sequences[first] for first in firsts])
+    starts = [0 if f is None else f + length * firsts[:i].count(f) for i, f in enumerate(firsts)]
+    args = q, pages, jnp.asarray(of_rows), jnp.asarray(starts, jnp.int32)
+    used = np.array([first is not None for first in firsts])
+    ours, theirs = (np.asarray(jax.jit(f)(*args))[used] for f in (paged_attn_blockwise, paged_attn_reference))
+    assert distance(ours, theirs) < 1e-6
+
+
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
 @pytest.mark.parametrize(("n_single", "n_blocks"), [(3, 0), (0, 2), (3, 2)])
 def test_rows_of_a_step(backend, n_single, n_blocks):
