@@ -16,6 +16,7 @@ from .attention import Runs, attend, attend_pages, choose_backend
 from .attention.metrics import attention_metrics
 from .attention.scores_gpu import paged_scores
 from .config import LlamaConfig
+from .fused import swiglu as swiglu_kernel  # to import it also registers what runs it, for steps from the disk
 from .fused.add_norm import add_norm, add_norm_reference
 from .fused.rotate_write import rotate_write
 from .kv_cache import KVPages
@@ -360,19 +361,13 @@ def transformer_layer(
     with jax.named_scope("feed_forward"):
         if fused:
             h, x = sum_norm(h, attn, w.ffn_norm)
-            activation = (_swiglu_on_hopper if on_hopper else swiglu)(x, w.w13)
-            return h, pages, linear(activation, w.w2)
+            activate = swiglu_kernel.swiglu_gpu if on_hopper and swiglu_kernel.fits(x, w.w13) else swiglu
+            return h, pages, linear(activate(x, w.w13), w.w2)
         attn = probe("attn_wo", jax.lax.psum(attn, MODEL))
         h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
         x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
         down = probe("down", jax.lax.psum(linear(swiglu(x, w.w13, probe), w.w2), MODEL))
         return probe("ffn_residual", h + _drop(down, dropout, 2 * layer + 2)), pages, None
-
-
-def _swiglu_on_hopper(x_TD: jax.Array, w13_2FD: jax.Array) -> jax.Array:
-    from .fused import swiglu as kernel  # its dialect takes a while to import: only where it is used
-
-    return kernel.swiglu_gpu(x_TD, w13_2FD) if kernel.fits(x_TD, w13_2FD) else swiglu(x_TD, w13_2FD)
 
 
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.

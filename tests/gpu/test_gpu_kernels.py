@@ -1,5 +1,11 @@
 """The fused kernels, compiled for the GPU, against plain JAX; and the engine on top of them, compared, and run long."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +29,7 @@ from sharded_llama.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
+ROOT = Path(__file__).parent.parent.parent
 TYPES = ("float32", "bfloat16", "float16")
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 72, "num_pages": 512, "progress": False}
 STEPS = 30_000  # of the engine that runs for long
@@ -62,6 +69,39 @@ def test_swiglu(dtype, rows, columns, terms):
     ours, theirs = (np.float32(jax.jit(f)(x, w13)) for f in (swiglu_kernel.swiglu_gpu, swiglu))
     np.testing.assert_allclose(ours, theirs, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-4)
     assert np.mean(ours != theirs) < 0.02
+
+
+NEW_PROCESS = """
+import json
+from sharded_llama.config import LlamaConfig
+from sharded_llama.engine.llm import LLM
+from sharded_llama.mesh import make_mesh
+
+heads = {"n_heads": 8, "n_kv_heads": 2, "head_dim": 64}
+sizes = {"dim": 512, "n_layers": 2, "ffn_dim": 1024, "vocab_size": 1000, "norm_eps": 1e-5, "rope_theta": 1e4}
+config = LlamaConfig(**heads, **sizes, dtype="bfloat16")
+options = {"max_num_seqs": 72, "max_num_batched_tokens": 176, "num_pages": 1024}
+llm = LLM.random(config, make_mesh(), progress=False, **options)
+llm.start()
+prompts = [list(range(i + 1, i + 70)) for i in range(72)]
+answers = [output.outputs[0].token_ids for output in llm.generate(prompts, max_tokens=4, ignore_eos=True)]
+print(json.dumps([answers, llm.phases.n_compiled, llm.phases.n_cached]))
+"""
+
+
+def test_a_new_process_runs_what_is_on_the_disk(tmp_path):
+    """Without tracing, by which kernels would have been imported; of more than 64 rows, for which there is one more."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", NEW_PROCESS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    (first, compiled, _), (second, again, cached) = found
+    assert first == second
+    assert compiled == again == cached
 
 
 @pytest.mark.parametrize("dtype", TYPES)
