@@ -52,9 +52,11 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | 
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def is_hopper(device: jax.Device) -> bool:
-    """Whether a device is an NVIDIA GPU of the Hopper generation, which has instructions that no other one has."""
-    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+def hopper_processors(device: jax.Device) -> int:
+    """Processors of an NVIDIA GPU of the Hopper generation, which has instructions that no other one has; else 0."""
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        return 0
+    return getattr(device, "core_count", 132)  # 132: of an H100 or H200
 
 
 def _pool_threads() -> int:

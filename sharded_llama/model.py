@@ -31,7 +31,7 @@ from .layers import (
     swiglu,
     unprobed,
 )
-from .mesh import check_mesh, is_hopper
+from .mesh import check_mesh, hopper_processors
 from .sharding import DATA, MODEL, SPECS, local_ids
 from .weights import LayerWeights, XfmrWeights
 
@@ -142,7 +142,7 @@ def xfmr_step(
         _forward_step,
         config=config,
         backend=backend,
-        on_hopper=is_hopper(mesh.devices.flat[0]),
+        hopper_processors=hopper_processors(mesh.devices.flat[0]),
         n_single=n_single,
         run_length=run_length,
         all_logits=all_logits,
@@ -218,7 +218,7 @@ def _forward_step(
     *,
     config: LlamaConfig,
     backend: str,
-    on_hopper: bool,
+    hopper_processors: int,
     n_single: int,
     run_length: int,
     all_logits: bool,
@@ -242,7 +242,7 @@ def _forward_step(
     last_R = last_tokens(rows, n_single)  # R from here on: rows whose logits are wanted
     for i, (layer_weights, layer_pages) in enumerate(zip(weights.layers, pages, strict=True)):
         args = (layer_weights, h_TD, rotary, layer_pages, places, added)
-        static = {"config": config, "backend": backend, "on_hopper": on_hopper, "n_single": n_single}
+        static = {"config": config, "backend": backend, "n_single": n_single, "hopper_processors": hopper_processors}
         if with_metrics and i == len(pages) - 1:
             h_TD, layer_pages, added = transformer_layer(*args, **static, probe=see)
             live_R = _chosen(jnp.where(rows.length_R > 0, rows.start_R + rows.length_R, 0), rows)
@@ -318,7 +318,7 @@ def transformer_layer(
     *,
     config: LlamaConfig,
     backend: str,
-    on_hopper: bool = False,
+    hopper_processors: int = 0,
     n_single: int = 0,
     dropout_rate: float = 0.0,
     probe: Probe = unprobed,
@@ -329,7 +329,7 @@ def transformer_layer(
     step, and `places` and `n_single` say of which rows. `rotary` is cos and sin (.., K/2) of the tokens' positions.
     `added` is what the layer before left to be added, this shard's part of it: kernels that fuse the sums with the norm
     take it from there.
-    `on_hopper`: whether kernels for GPUs of that generation can be used.
+    `hopper_processors`: see `mesh.hopper_processors`; 0: kernels for that generation are not used.
     `probe` is given every component that has a name in `parity.components`.
     """
     dropout = None if dropout_key is None else Dropout(dropout_rate, dropout_key)
@@ -361,8 +361,9 @@ def transformer_layer(
     with jax.named_scope("feed_forward"):
         if fused:
             h, x = sum_norm(h, attn, w.ffn_norm)
-            activate = swiglu_kernel.swiglu_gpu if on_hopper and swiglu_kernel.fits(x, w.w13) else swiglu
-            return h, pages, linear(activate(x, w.w13), w.w2)
+            in_kernel = hopper_processors and swiglu_kernel.fits(x, w.w13)
+            activation = swiglu_kernel.swiglu_gpu(x, w.w13, hopper_processors) if in_kernel else swiglu(x, w.w13)
+            return h, pages, linear(activation, w.w2)
         attn = probe("attn_wo", jax.lax.psum(attn, MODEL))
         h = probe("attn_residual", h + _drop(attn, dropout, 2 * layer + 1))
         x = probe("ffn_norm", rms_norm(h, w.ffn_norm, config.norm_eps))
@@ -371,7 +372,9 @@ def transformer_layer(
 
 
 # One jitted function for all layers: it is traced once, not once per layer, and inlined by the compiler.
-_layer = jax.jit(transformer_layer, static_argnames=("config", "backend", "on_hopper", "n_single", "dropout_rate"))
+_layer = jax.jit(
+    transformer_layer, static_argnames=("config", "backend", "n_single", "hopper_processors", "dropout_rate")
+)
 
 
 def embed(tok_embeddings_VD: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -121,10 +121,10 @@ def test_project_qkv(model):
         assert distance(ours, theirs.numpy()) < LEAF
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 33)])
 @pytest.mark.parametrize("n_inputs", [1, 2])
 def test_linear(shape, n_inputs):
-    """One row, several, and more axes than one on either side."""
+    """One row, several, more than FEW_ROWS, and more axes than one on either side."""
     x, w = normal(0, *shape, 6, 10), normal(1, 3, 4, 6, 10)
     if n_inputs == 1:
         x, w = x[..., 0, :], w[:, :, 0]

@@ -8,7 +8,7 @@ import pytest
 
 from sharded_llama.config import LlamaConfig
 from sharded_llama.errors import MeshError
-from sharded_llama.mesh import check_mesh, default_mesh, is_hopper, make_mesh, parse_mesh, start_distributed
+from sharded_llama.mesh import check_mesh, default_mesh, hopper_processors, make_mesh, parse_mesh, start_distributed
 from sharded_llama.sharding import check_model_size, kv_head_layout, model_sizes, padded
 from sharded_llama.weights import abstract_weights, count_parameters, init_weights
 
@@ -127,12 +127,13 @@ class TestWeights:
 @pytest.mark.parametrize(
     ("platform", "fields", "expected"),
     [
-        ("gpu", {"compute_capability": "9.0"}, True),
-        ("gpu", {"compute_capability": "8.0"}, False),
-        ("gpu", {"compute_capability": "10.0"}, False),
-        ("gpu", {"compute_capability": "gfx942"}, False),
-        ("cpu", {}, False),
+        ("gpu", {"compute_capability": "9.0", "core_count": 114}, 114),
+        ("gpu", {"compute_capability": "9.0"}, 132),
+        ("gpu", {"compute_capability": "8.0", "core_count": 108}, 0),
+        ("gpu", {"compute_capability": "10.0", "core_count": 148}, 0),
+        ("gpu", {"compute_capability": "gfx942"}, 0),
+        ("cpu", {}, 0),
     ],
 )
 def test_hopper_is_one_generation(platform, fields, expected):
-    assert is_hopper(types.SimpleNamespace(platform=platform, **fields)) == expected
+    assert hopper_processors(types.SimpleNamespace(platform=platform, **fields)) == expected

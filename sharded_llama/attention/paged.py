@@ -36,8 +36,9 @@ def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
     """`paged_attn_reference` with BLOCK positions in memory at a time, as far as the longest row needs.
 
     Blocks beyond a row's own length leave its sums as they are, bit for bit: what a row gives does not depend on how
-    long the others are. On CPUs rows of several queries are taken one after the other, or a few at a time where they
-    are parts of one sequence, each as far as it needs itself: all together they would score twice as much of a prompt.
+    long others are that are scored with it. On CPUs rows of several queries are taken one after the other, or a few at
+    a time where they are parts of one sequence, each as far as it needs itself: all together they would score twice
+    as much of a prompt.
     """
     if q_BLHK.shape[0] == 1 or q_BLHK.shape[1] == 1:
         return _together(q_BLHK, pages, tables_BW, start_B)

@@ -1,7 +1,7 @@
 """The gated activation as the end of its product, for NVIDIA GPUs of the Hopper generation: Pallas over Mosaic GPU.
 
-Gate and up of a token are computed by the same program, which writes their activation alone: a third of what the
-product and an activation after it write and read. One program for each processor walks over its tiles of the result.
+Gate and up of a token are computed by the same program, which writes their activation alone: a fifth of what a product
+and an activation after it write and read. One program for each processor walks over its tiles of the result.
 A warpgroup of it copies tiles of x and of the weights into a ring of shared memory, ahead of two that multiply; it
 goes on to the next tile while these write the last one. Rows beyond the last one are copied as zeros, and not written.
 """
@@ -15,10 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-N_PROCESSORS = 132  # of an H100 or H200
 ROWS = 128  # of a tile
 TERMS = 64  # of the sum that a stage of the ring holds: 128 bytes, as wide as shared memory is read
-STAGES = 4  # as many as fit: with three the product is a quarter slower
+STAGES = 4  # as many as fit beside the widest tiles: with three the product is a quarter slower
 COMPUTING = 2  # warpgroups that multiply, and share a tile's rows
 # Columns of gate and of up in a tile. Twice that is the most that an instruction multiplies and that the sums of a
 # warpgroup leave registers for; which of them leaves the fewest processors idle at the end depends on the shape.
@@ -35,6 +34,7 @@ class _Sizes(NamedTuple):
     column_tiles: int
     steps: int  # stages of a tile's sum
     width: int
+    processors: int
 
     @property
     def tiles(self) -> int:
@@ -49,28 +49,28 @@ def fits(x_TD: jax.Array, w13_2FD: jax.Array) -> bool:
     return half and many and terms % TERMS == 0 and any(columns % w == 0 for w in WIDTHS)
 
 
-def swiglu_gpu(x_TD: jax.Array, w13_2FD: jax.Array) -> jax.Array:
-    """`layers.swiglu` in one kernel, for what `fits`: (T, F)."""
+def swiglu_gpu(x_TD: jax.Array, w13_2FD: jax.Array, processors: int) -> jax.Array:
+    """`layers.swiglu` in one kernel, for what `fits`, on a GPU of so many processors: (T, F)."""
     (rows, terms), columns = x_TD.shape, w13_2FD.shape[1]
-    width = tile_width(rows, columns)
-    sizes = _Sizes(pl.cdiv(rows, ROWS), columns // width, terms // TERMS, width)
+    width = tile_width(rows, columns, processors)
+    sizes = _Sizes(pl.cdiv(rows, ROWS), columns // width, terms // TERMS, width, processors)
     return plgpu.kernel(
         functools.partial(_swiglu, sizes=sizes),
         out_type=jax.ShapeDtypeStruct((rows, columns), x_TD.dtype),
-        grid=(N_PROCESSORS,),
+        grid=(processors,),
         grid_names=("processor",),
         num_threads=COMPUTING + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),  # 2**-22 or so, before a rounding to 2**-9 or 2**-12
+        compiler_params=plgpu.CompilerParams(approx_math=True),  # 2**-22 or so, before a rounding to 2**-8 or 2**-11
         kernel_name="swiglu",
     )(x_TD, w13_2FD)
 
 
-def tile_width(rows: int, columns: int) -> int:
+def tile_width(rows: int, columns: int, processors: int) -> int:
     """The width with which the busiest processor computes the fewest columns; of several the largest."""
 
     def in_turn(width: int) -> int:
-        return pl.cdiv(pl.cdiv(rows, ROWS) * (columns // width), N_PROCESSORS) * width
+        return pl.cdiv(pl.cdiv(rows, ROWS) * (columns // width), processors) * width
 
     return min((w for w in WIDTHS if columns % w == 0), key=in_turn)
 
@@ -109,12 +109,12 @@ def _run(
     sizes: _Sizes,
 ) -> None:
     warpgroup, processor = lax.axis_index("warpgroup"), lax.axis_index("processor")
-    n_tiles = lax.div(sizes.tiles - processor + N_PROCESSORS - 1, N_PROCESSORS)
+    n_tiles = lax.div(sizes.tiles - processor + sizes.processors - 1, sizes.processors)
 
     def place(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where this processor's tile begins: its first row and its first column."""
         shape = (sizes.row_tiles, sizes.column_tiles)
-        row, column = plgpu.planar_snake(processor + tile * N_PROCESSORS, shape, 0, BAND)
+        row, column = plgpu.planar_snake(processor + tile * sizes.processors, shape, 0, BAND)
         return row * ROWS, column * sizes.width
 
     @pl.when(warpgroup == COMPUTING)

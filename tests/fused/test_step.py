@@ -16,7 +16,8 @@ from sharded_llama.fused.rotate_write import rotate_write
 from sharded_llama.kv_cache import KVPages
 from sharded_llama.mesh import make_mesh
 from sharded_llama.parity.paged_rows import PagedRows
-from sharded_llama.weights import init_weights
+from sharded_llama.sharding import named_sharding
+from sharded_llama.weights import abstract_weights, init_weights
 
 CONFIG = LlamaConfig(
     dim=48,
@@ -91,3 +92,23 @@ def test_lowers(dtype):
     for run, *args in calls:
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize(("n_rows", "calls"), [(72, 1), (64, 0), (73, 0)])
+def test_the_kernel_of_many_rows_is_for_hopper(monkeypatch, mesh_shape, n_rows, calls):
+    """All layers are one function, in which it stands once."""
+    monkeypatch.setattr(model, "choose_backend", lambda config, device, name: name)
+    config = CONFIG.replace(dim=64, head_dim=16, n_heads=4, ffn_dim=256, dtype="bfloat16")
+    mesh = make_mesh(*mesh_shape)
+    n_rows *= mesh_shape[0]
+    weights, pages = abstract_weights(config, mesh), KVPages.abstract(config, mesh, 16, "auto")
+    tokens = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=named_sharding(mesh, "tokens"))
+    rows = model.StepRows(tokens((n_rows,)), tokens((n_rows,)), tokens((n_rows,)), tokens((n_rows, 4)))
+    step = functools.partial(model.xfmr_step, mesh=mesh, n_single=n_rows // mesh_shape[0], backend="gpu")
+    for processors, expected in ((132, calls), (0, 0)):
+        monkeypatch.setattr(model, "hopper_processors", lambda device, n=processors: n)
+        traced = jax.jit(lambda w, r, p: step(w, config, r, p)).trace(weights, rows, pages)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("mosaic_gpu_v2") == expected
+        assert text.count("paged_attention") >= 1

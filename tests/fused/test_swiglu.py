@@ -22,13 +22,12 @@ def arrays(rows, columns, terms, dtype="bfloat16"):
     [(128, 256, 64), (256, 224, 320), (384, 96, 256), (72, 128, 128), (336, 192, 64)],
     ids=["one stage", "more than a ring", "as many as a ring", "a part of a tile", "rows beyond the last"],
 )
-def test_equals_the_reference(monkeypatch, dtype, rows, columns, terms):
+def test_equals_the_reference(dtype, rows, columns, terms):
     """Three processors, so that one has several tiles, and others fewer or none."""
-    monkeypatch.setattr(kernel, "N_PROCESSORS", 3)
     x, w13 = arrays(rows, columns, terms, dtype)
     assert kernel.fits(x, w13)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        ours = np.float32(kernel.swiglu_gpu(x, w13))
+        ours = np.float32(kernel.swiglu_gpu(x, w13, 3))
     theirs = np.float32(swiglu(x, w13))
     # A sum in another order moves a value to its neighbour now and then.
     np.testing.assert_allclose(ours, theirs, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-4)
@@ -47,10 +46,10 @@ def test_equals_the_reference(monkeypatch, dtype, rows, columns, terms):
 def test_lowers(rows, columns, terms, dtype, width):
     x, w13 = jax.ShapeDtypeStruct((rows, terms), dtype), jax.ShapeDtypeStruct((2, columns, terms), dtype)
     assert kernel.fits(x, w13)
-    lowered = jax.jit(kernel.swiglu_gpu).trace(x, w13).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(kernel.swiglu_gpu, static_argnums=2).trace(x, w13, 132).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
     assert lowered.out_info.shape == (rows, columns)
-    assert kernel.tile_width(rows, columns) == width
+    assert kernel.tile_width(rows, columns, 132) == width
 
 
 @pytest.mark.parametrize(
