@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 		--temperature=0.8 --top_p=0.95 --seed=1 $(ARGS)
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n 3 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-tpu: $(VENV_TPU)/installed-test-tpu
 	TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu $(VENV_TPU)/bin/python -m pytest -m tpu_compiler tests/tpu $(ARGS)
