@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,10 @@ SLOT_CHANGES = 8  # slots of each data shard that one call sets; or all of them
 WITHOUT_PAGES = {"choose", "change_slots", "count_known", "new_slots"}  # what knows nothing of pages and layers
 # XLA's loops ask the host after every round unless they are part of a CUDA graph, which they are not by default.
 LOOPS_ON_DEVICE = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE"}
-# From so many rows on products by cuBLAS are faster than those that XLA generates, and sooner compiled.
+# From so many rows on products by cuBLAS are faster than those that XLA generates, and sooner compiled. What cuBLAS
+# chooses for them itself is as fast as what measuring its kernels finds.
 MANY_TOKENS = 64
-CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
+CUBLAS_UNTUNED = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 Executables = dict[tuple, Any]  # by what they do, in which shape and mode
 Job = tuple[Any, ...]  # a Runner's method that compiles, and what it is called with
@@ -102,6 +103,7 @@ class Runner:
         self.state: DeviceState | None = None
         self._forwarded: tuple | None = None  # logits that wait to be chosen from
         self._tracing = threading.Lock()
+        self._tuning: list[Future] = []  # what is being compiled and measured on the GPU meanwhile
         self._programs = programs_folder(mesh)
         kinds = tuple(device.device_kind for device in mesh.devices.flat)
         # All that the steps are made of beside their shapes and modes.
@@ -115,11 +117,21 @@ class Runner:
         """
         start = time.perf_counter()
         jobs = self._drafting_jobs(drafts) if drafts else self._all_jobs()
+        of_shapes = (self._forward, self._decode_several)
+        tuned = [job for job in jobs if job[0] in of_shapes and self._is_tuned(job[1])]
+        others = [job for job in jobs if job not in tuned]
         bar = tqdm(total=len(jobs), desc="compiling", unit="step", disable=None if progress else True)
         with _compiling() as pool, bar:
-            for _ in pool.map(_call, jobs):
-                bar.update()
-                check()
+            self._tuning = [pool.submit(_call, job) for job in tuned]
+            under_way = [*self._tuning, *(pool.submit(_call, job) for job in others)]
+            try:
+                for future in under_way:
+                    future.result()
+                    bar.update()
+                    check()
+            finally:
+                for future in under_way:
+                    future.cancel()
         tell("compiled %d executables: %.1f s", len(jobs), time.perf_counter() - start)
 
     def compile_largest(self, ahead: bool = False) -> int:
@@ -201,7 +213,6 @@ class Runner:
 
     def _all_jobs(self) -> list[Job]:
         sizes = self.sizes
-        # Few rows first: on GPUs XLA measures which products are best for them, one after the other.
         jobs: list[Job] = [(self._forward, s) for s in sizes.shapes]
         if Mode.ENTROPY in self.modes:
             jobs += [(self._forward, s, True) for s in sizes.shapes]
@@ -240,8 +251,9 @@ class Runner:
         forwarded = self._abstract_forwarded(shape.n_logits, with_metrics)
         out = (_shardings(forwarded), pages_layout(self._abstract_pages), self._sharding("tokens"))
         key = ("forward", shape, with_metrics)
-        options = (LOOPS_ON_DEVICE if with_metrics else {}) | (CUBLAS_ONLY if shape.n_tokens >= MANY_TOKENS else {})
-        return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options)
+        tuned, options = self._is_tuned(shape), LOOPS_ON_DEVICE if with_metrics else {}
+        options = options if tuned else options | CUBLAS_UNTUNED
+        return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options, tuned=tuned)
 
     def _choose(self, n_rows: int, mode: Mode) -> Any:
         forwarded = self._abstract_forwarded(n_rows, mode == Mode.ENTROPY)
@@ -268,7 +280,17 @@ class Runner:
         args = (self._abstract_weights, self._abstract_pages, *self._abstract_slots(), slots, self._rows(shape.n_rows))
         of_pages = pages_layout(self._abstract_pages)
         out = (self._sharding("replicated"), of_pages, self._sharding("tokens"), _shardings(slots))
-        return self._compile(("decode_several", shape, n_steps, mode), run, args, donate=(1, 3, 4), out=out)
+        key, tuned = ("decode_several", shape, n_steps, mode), self._is_tuned(shape)
+        options = None if tuned else CUBLAS_UNTUNED
+        return self._compile(key, run, args, donate=(1, 3, 4), out=out, gpu_options=options, tuned=tuned)
+
+    def _is_tuned(self, shape: StepShape) -> bool:
+        """Whether XLA measures on the GPU which products are fastest in a step."""
+        return self._on_gpu and shape.n_tokens < MANY_TOKENS
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "gpu"
 
     def _sampling_of(self, mode: Mode) -> SlotSampling | None:
         """What the sampler of a mode is given of the slots: a greedy one nothing."""
@@ -327,17 +349,20 @@ class Runner:
         donate: tuple[int, ...],
         out: Any,
         gpu_options: dict[str, Any] | None = None,
+        tuned: bool = False,
     ) -> Any:
         if key not in self._compiled:
-            on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-            options = gpu_options if on_gpu else None
             with self._tracing:  # Python's own work: more threads at a time would only hinder one another, and others
                 start = time.perf_counter()
                 # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
                 identity = (key, *self._identity)
                 lowered = lower(run, args, donate=donate, out=out, folder=self._programs, identity=identity)
-            self._compiled[key] = lowered.compile(compiler_options=options)
-            seconds = time.perf_counter() - start
+                traced = time.perf_counter()
+            if not tuned:  # loading a program and measuring another one hold each other up
+                wait(self._tuning)
+            waited = time.perf_counter()
+            self._compiled[key] = lowered.compile(compiler_options=gpu_options if self._on_gpu else None)
+            seconds = traced - start + time.perf_counter() - waited
             self.compile_s += seconds
             logging.vlog(1, "compiled %s: %.1f s", key, seconds)
         return self._compiled[key]
@@ -353,7 +378,8 @@ def device_bytes(arrays: Any) -> int:
 
 
 def _compiling() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=16, thread_name_prefix=COMPILE_THREADS)
+    """More threads than compile at a time: many wait, for those that are tuned."""
+    return ThreadPoolExecutor(max_workers=32, thread_name_prefix=COMPILE_THREADS)
 
 
 def _call(job: Job) -> Any:

@@ -1,5 +1,6 @@
 """Starting: steps are compiled while weights are read, errors of either come alone, and every second has a name."""
 
+import functools
 import gc
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def failing(error):
 
 
 class Sequential:
-    """A pool whose map does one thing after the other, when it is asked for."""
+    """A pool that does one thing after the other, when what it gives is asked for."""
 
     def __enter__(self):
         return self
@@ -297,8 +298,8 @@ class Sequential:
     def __exit__(self, *_):
         pass
 
-    def map(self, function, jobs):
-        return map(function, jobs)
+    def submit(self, function, *args):
+        return types.SimpleNamespace(result=functools.partial(function, *args), cancel=lambda: None)
 
 
 class TestPhases:

@@ -3,12 +3,14 @@
 import functools
 import math
 import re
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from sharded_llama.config import LlamaConfig
+from sharded_llama.engine import runner as runner_module
 from sharded_llama.engine.options import EngineOptions, modes_of, sizes_of
 from sharded_llama.engine.runner import Runner
 from sharded_llama.engine.steps import Column, DeviceState, StepShape, forward
@@ -272,6 +274,44 @@ def test_one_compilation_per_shape():
         runner._choose(DECODE.n_rows, Mode.SAMPLE)
         runner._change_slots(SLOTS)
     assert runner.n_compiled == 5
+
+
+def test_on_gpus_products_of_few_rows_are_measured_before_others_are_compiled(monkeypatch):
+    """The GPU has nothing else to do then. Meanwhile Python goes on with the others."""
+    runner = make_runner.__wrapped__((1, 2), decode_steps=2)
+    few, compiled, all_traced = MIXED.n_tokens, [], threading.Event()
+    monkeypatch.setattr(runner_module, "MANY_TOKENS", few)
+    monkeypatch.setattr(Runner, "_on_gpu", True)
+    traced = []
+
+    class Lowered:
+        def __init__(self, key):
+            self.key = key
+            self.tuned = key[0] in ("forward", "decode_several") and key[1].n_tokens < few
+
+        def compile(self, compiler_options):
+            assert not self.tuned or all_traced.wait(60)
+            compiled.append(self)
+            return compiler_options
+
+    def lower(*_, identity, **__):
+        traced.append(Lowered(identity[0]))
+        if len(traced) == n_jobs:
+            all_traced.set()
+        return traced[-1]
+
+    monkeypatch.setattr(runner_module, "lower", lower)
+    n_jobs = len(runner._all_jobs())
+    runner.compile_all(progress=False)
+    n_tuned = sum(lowered.tuned for lowered in traced)
+    assert 0 < n_tuned < n_jobs == len(compiled)
+    assert all(lowered.tuned for lowered in compiled[:n_tuned])
+    of_many = [x for key, x in runner._compiled.items() if key[0] == "forward" and key[1].n_tokens >= few]
+    of_few = [x for key, x in runner._compiled.items() if key[0] == "forward" and key[1].n_tokens < few]
+    assert of_many
+    assert all(options["xla_gpu_autotune_level"] == 0 for options in of_many)
+    assert of_few
+    assert not any("xla_gpu_autotune_level" in (options or {}) for options in of_few)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
