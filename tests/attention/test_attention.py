@@ -107,7 +107,8 @@ def paged_inputs(batch, length, heads, kv_heads, width, n_table, dtype="float32"
     shape = (n_pages, PAGE_SIZE, 2 * kv_heads, width)
     scale = jnp.zeros(shape[:-1], jnp.float32) if kv_dtype.name in EIGHT_BIT else None
     flat_k, flat_v = (jnp.asarray(x.reshape(-1, kv_heads, width), dtype) for x in (k, v))
-    pages = KVPages(jnp.zeros(shape, kv_dtype), scale).write(flat_k, flat_v, jnp.asarray(at.reshape(-1), jnp.int32))
+    empty = KVPages(jnp.zeros(shape, kv_dtype), scale)
+    pages = jax.jit(KVPages.write)(empty, flat_k, flat_v, jnp.asarray(at.reshape(-1), jnp.int32))
     for row, last in enumerate((start + length - 1) // PAGE_SIZE):
         tables[row, last + 1 :] = rng.integers(n_pages, 2**31 - 1, n_table - last - 1)
     args = q, pages, jnp.asarray(tables, jnp.int32), jnp.asarray(start, jnp.int32)
@@ -117,7 +118,7 @@ def paged_inputs(batch, length, heads, kv_heads, width, n_table, dtype="float32"
 def dense(q, start, keys_and_values, form=grouped_query_attn):
     """Attention to the keys and values that were written, gathered on the host, in q's type."""
     k, v = (jnp.asarray(x, q.dtype) for x in keys_and_values)
-    return form(q, k, v, start[:, None] + jnp.arange(q.shape[1]))
+    return jax.jit(form)(q, k, v, start[:, None] + jnp.arange(q.shape[1]))
 
 
 LONG = 2 * PAGED_BLOCK // PAGE_SIZE + 3  # pages of a table of more than two blocks

@@ -3,6 +3,8 @@
 JAX's own kernel cannot be interpreted; what it is called with is held to the package's plain form of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,14 @@ def inputs(starts, length, kv_heads, group, width, n_tables, page_size=16, dtype
     return jnp.asarray(q, dtype), KVPages(jnp.asarray(kv, dtype)), jnp.asarray(tables), jnp.asarray(starts)
 
 
+def interpreted(*args):
+    return jax.jit(functools.partial(paged_attn_tpu, interpret=True))(*args)
+
+
+def reference(*args):
+    return jax.jit(paged_attn_reference)(*args)
+
+
 SHAPES = {  # starts, queries, kv heads, query heads for each, width, pages per row
     "decode": ([0, 15, 16, 31, 32, 100], 1, 2, 4, 64, 7),
     "decode-1-kv-head": ([77, 3], 1, 1, 8, 128, 6),
@@ -56,27 +66,27 @@ def blocks_of_32_positions(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_float32(shape):
     args = inputs(*shape)
-    assert distance(paged_attn_tpu(*args, interpret=True), paged_attn_reference(*args)) < 1e-6
+    assert distance(interpreted(*args), reference(*args)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [SHAPES["decode"], SHAPES["chunk"]], ids=["decode", "chunk"])
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is(shape):
     q, pages, *where = inputs(*shape, dtype=jnp.bfloat16)
-    exact = paged_attn_reference(q.astype(jnp.float32), KVPages(pages.kv_NPGK.astype(jnp.float32)), *where)
-    ours = paged_attn_tpu(q, pages, *where, interpret=True)
+    exact = reference(q.astype(jnp.float32), KVPages(pages.kv_NPGK.astype(jnp.float32)), *where)
+    ours = interpreted(q, pages, *where)
     assert ours.dtype == jnp.bfloat16
-    assert distance(ours, exact) < 1.25 * distance(paged_attn_reference(q, pages, *where), exact)
+    assert distance(ours, exact) < 1.25 * distance(reference(q, pages, *where), exact)
 
 
 @pytest.mark.parametrize("page_size", [8, 64])
 def test_page_sizes(page_size):
     args = inputs([0, 31, 100], 2, 1, 4, 64, 128 // page_size, page_size)
-    assert distance(paged_attn_tpu(*args, interpret=True), paged_attn_reference(*args)) < 1e-6
+    assert distance(interpreted(*args), reference(*args)) < 1e-6
 
 
 def test_a_row_does_not_depend_on_the_others():
     q, pages, tables, start = inputs([40, 3], 1, 1, 4, 64, 3)
-    together = paged_attn_tpu(q, pages, tables, start, interpret=True)
+    together = interpreted(q, pages, tables, start)
     alone = paged_attn_tpu(q[1:2], pages, tables[1:2], start[1:2], interpret=True)
     np.testing.assert_array_equal(together[1:2], alone)
 
@@ -86,8 +96,8 @@ def test_a_row_whose_padding_leaves_the_table():
     q, pages, tables, start = inputs([70, 10], 8, 1, 4, 64, 5)
     start = start.at[0].add(5)  # queries at 75..82 of a table of 80
     pages = KVPages(jnp.nan_to_num(pages.kv_NPGK))
-    got = paged_attn_tpu(q, pages, tables, start, interpret=True)
-    expected = paged_attn_reference(q, pages, tables, start)
+    got = interpreted(q, pages, tables, start)
+    expected = reference(q, pages, tables, start)
     assert distance(got[0, :5], expected[0, :5]) < 1e-6
     assert distance(got[1], expected[1]) < 1e-6
 
@@ -97,7 +107,7 @@ def test_arguments_of_the_ragged_kernel(length):
     q, pages, tables, start = inputs([0, 17], length, 2, 3, 128, 2)
     pages = KVPages(jnp.nan_to_num(pages.kv_NPGK))  # the plain form multiplies by what it hides
     out = ref_ragged_paged_attention(*ragged_arguments(q, pages.kv_NPGK, tables, start), sm_scale=128**-0.5)
-    assert distance(out.reshape(q.shape), paged_attn_reference(q, pages, tables, start)) < 1e-6
+    assert distance(out.reshape(q.shape), reference(q, pages, tables, start)) < 1e-6
 
 
 @pytest.mark.parametrize(
