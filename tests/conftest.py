@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from compiler import UNOPTIMISED, compiling
+from compiler import UNOPTIMISED, compile_unoptimised_sooner, compiling
 
 # The compiler cuts each program into up to 32 parts, to compile them on as many cores; on few, cutting only costs.
 # The functions in a part are compiled as they would be without.
@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from sharded_llama.mesh import simulate_cpu_devices  # JAX reads the environment when it is imported
 
     simulate_cpu_devices(8)
+    if not config.option.markexpr:
+        compile_unoptimised_sooner()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
