@@ -2,8 +2,7 @@
 
 Their programs are compiled without LLVM's optimisations, and by XLA's older code generator: otherwise that would be most
 of the time of a test that compiles. Modules whose subject is the optimised arithmetic ask for the fixture
-`optimising_compiler`. JAX_DISABLE_MOST_OPTIMIZATIONS=0
-in the environment optimises all.
+`optimising_compiler`. JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment optimises all.
 """
 
 import gc
