@@ -1,7 +1,7 @@
 """Tests run on 8 simulated CPU devices, unless a GPU is asked for with `-m gpu`.
 
-Their programs are compiled without LLVM's optimisations, and by XLA's older code generator: otherwise that would be most
-of the time of a test that compiles. Modules whose subject is the optimised arithmetic ask for the fixture
+Their programs are compiled without LLVM's optimisations, and by XLA's older code generator: otherwise that would be
+most of the time of a test that compiles. Modules whose subject is the optimised arithmetic ask for the fixture
 `optimising_compiler`. JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment optimises all.
 """
 
