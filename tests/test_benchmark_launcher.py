@@ -21,7 +21,7 @@ TRACE = ROOT / "../shared/data/traces/sharegpt-llama-3.1-8b-300-sps10.jsonl"
 MODEL = {"n_layers": 1, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 32, "vocab_size": 64}
 OWN = {}  # flags of this launcher that another has too
 # Few shapes of steps to compile.
-SMALL = ("--max_num_seqs=2", "--max_num_batched_tokens=34", "--decode_steps=1", "--rounds=2")
+SMALL = ("--max_num_seqs=2", "--max_num_batched_tokens=34", "--decode_steps=2", "--rounds=2")
 
 
 def launcher():
@@ -105,7 +105,7 @@ def check_limit(row, ceilings):
 
 class TestModes:
     def test_latency_beside_transformers(self, measured):
-        flags = ("--batches=1,2", "--context=90", "--steps=4", "--decode_steps=2", "--input_len=20", "--peer=hf")
+        flags = ("--batches=1,2", "--context=90", "--steps=4", "--input_len=20", "--peer=hf")
         written, rows, out = measured("latency", *flags)
         assert [row["what"] for row in rows] == ["decode", "decode", "ttft"]
         for row, batch in zip(rows, (1, 2), strict=False):
@@ -130,7 +130,7 @@ class TestModes:
         assert "speed ours/theirs" in out
 
     def test_a_sweep_of_throughput(self, measured):
-        _, rows, out = measured("throughput", "--requests=3x20x5,1x10x4", "--concurrencies=1,2", "--decode_steps=2")
+        _, rows, out = measured("throughput", "--requests=3x20x5,1x10x4", "--concurrencies=1,2")
         found = [(r["workload"], r["concurrency"], r["at_once"]) for r in rows]
         assert found == [("3x20x5", 1, 1), ("1x10x4", 1, 1), ("3x20x5", 2, 2), ("1x10x4", 2, 1)]
         for row in rows:

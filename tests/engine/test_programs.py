@@ -53,8 +53,9 @@ def forbid_tracing(monkeypatch):
         monkeypatch.setattr(runner_module, name, never)
 
 
-def test_a_second_start_traces_nothing_and_answers_the_same(model, folder, monkeypatch):
-    mesh_shape, options = (2, 2), {"max_num_seqs": 4, "max_num_batched_tokens": 36}
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=str)
+def test_a_second_start_traces_nothing_and_answers_the_same(model, folder, monkeypatch, mesh_shape):
+    options = {"max_num_seqs": 2 * mesh_shape[0], "max_num_batched_tokens": 18 * mesh_shape[0]}
     plain = make_llm(model, mesh_shape, **options)
     monkeypatch.setattr(plain.engine.runner, "_programs", None)
     expected = answers(plain)
