@@ -29,16 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr.startswith("gpu"):
         return
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    flags = os.environ.get("XLA_FLAGS", "")
-    if not config.option.markexpr and ONE_PART not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {ONE_PART}".strip()
     if not config.option.markexpr:
+        flags = os.environ.get("XLA_FLAGS", "")
+        if ONE_PART not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {ONE_PART}".strip()
         os.environ.setdefault(UNOPTIMISED.upper(), "1")
+        compile_unoptimised_sooner()
     from sharded_llama.mesh import simulate_cpu_devices  # JAX reads the environment when it is imported
 
     simulate_cpu_devices(8)
-    if not config.option.markexpr:
-        compile_unoptimised_sooner()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -251,9 +251,8 @@ class Runner:
         forwarded = self._abstract_forwarded(shape.n_logits, with_metrics)
         out = (_shardings(forwarded), pages_layout(self._abstract_pages), self._sharding("tokens"))
         key = ("forward", shape, with_metrics)
-        tuned, options = self._is_tuned(shape), LOOPS_ON_DEVICE if with_metrics else {}
-        options = options if tuned else options | CUBLAS_UNTUNED
-        return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options, tuned=tuned)
+        options = LOOPS_ON_DEVICE if with_metrics else {}
+        return self._compile(key, run, args, donate=(1,), out=out, gpu_options=options, shape=shape)
 
     def _choose(self, n_rows: int, mode: Mode) -> Any:
         forwarded = self._abstract_forwarded(n_rows, mode == Mode.ENTROPY)
@@ -280,9 +279,8 @@ class Runner:
         args = (self._abstract_weights, self._abstract_pages, *self._abstract_slots(), slots, self._rows(shape.n_rows))
         of_pages = pages_layout(self._abstract_pages)
         out = (self._sharding("replicated"), of_pages, self._sharding("tokens"), _shardings(slots))
-        key, tuned = ("decode_several", shape, n_steps, mode), self._is_tuned(shape)
-        options = None if tuned else CUBLAS_UNTUNED
-        return self._compile(key, run, args, donate=(1, 3, 4), out=out, gpu_options=options, tuned=tuned)
+        key = ("decode_several", shape, n_steps, mode)
+        return self._compile(key, run, args, donate=(1, 3, 4), out=out, shape=shape)
 
     def _is_tuned(self, shape: StepShape) -> bool:
         """Whether XLA measures on the GPU which products are fastest in a step."""
@@ -349,9 +347,12 @@ class Runner:
         donate: tuple[int, ...],
         out: Any,
         gpu_options: dict[str, Any] | None = None,
-        tuned: bool = False,
+        shape: StepShape | None = None,
     ) -> Any:
+        """The executable of what `key` names. shape: of a step, which has products."""
         if key not in self._compiled:
+            tuned = shape is not None and self._is_tuned(shape)
+            options = (gpu_options or {}) | (CUBLAS_UNTUNED if shape is not None and not tuned else {})
             with self._tracing:  # Python's own work: more threads at a time would only hinder one another, and others
                 start = time.perf_counter()
                 # Outputs keep the layout of the inputs they replace; what is donated is updated in place.
@@ -361,7 +362,7 @@ class Runner:
             if not tuned:  # loading a program and measuring another one hold each other up
                 wait(self._tuning)
             waited = time.perf_counter()
-            self._compiled[key] = lowered.compile(compiler_options=gpu_options if self._on_gpu else None)
+            self._compiled[key] = lowered.compile(compiler_options=options if self._on_gpu else None)
             seconds = traced - start + time.perf_counter() - waited
             self.compile_s += seconds
             logging.vlog(1, "compiled %s: %.1f s", key, seconds)

@@ -286,7 +286,6 @@ def test_on_gpus_products_of_few_rows_are_measured_before_others_are_compiled(mo
 
     class Lowered:
         def __init__(self, key):
-            self.key = key
             self.tuned = key[0] in ("forward", "decode_several") and key[1].n_tokens < few
 
         def compile(self, compiler_options):
