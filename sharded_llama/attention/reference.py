@@ -20,9 +20,13 @@ def grouped_query_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, 
 
 def attention_weights(q_BLHK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array) -> jax.Array:
     """Softmax (B, G, R, L, S) of the causal scores, float32 (float64 for a float64 model); rows over S sum to 1."""
-    n_kv_heads = k_BSGK.shape[2]
-    q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
-    return jax.nn.softmax(_masked_scores(q_BLGRK, k_BSGK, q_pos_BL, first_key=0), axis=-1)
+    q_BGRLK, k_BGSK = by_kv_head(q_BLHK, k_BSGK.shape[2]), jnp.swapaxes(k_BSGK, 1, 2)
+    return jax.nn.softmax(_masked_scores(q_BGRLK, k_BGSK, q_pos_BL, first_key=0), axis=-1)
+
+
+def by_kv_head(q_BLHK: jax.Array, n_kv_heads: int) -> jax.Array:
+    """Queries as the products of attention take them: (B, G, R, L, K), R to each kv head."""
+    return jnp.moveaxis(q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1]), 1, 3)
 
 
 def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_pos_BL: jax.Array) -> jax.Array:
@@ -31,13 +35,13 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
     Online softmax (Milakov and Gimelshein, 2018): a running maximum, denominator and weighted sum per query.
     """
     length, n_kv_heads = k_BSGK.shape[1:3]
-    q_BLGRK = q_BLHK.reshape(*q_BLHK.shape[:2], n_kv_heads, -1, q_BLHK.shape[-1])
+    q_BGRLK = by_kv_head(q_BLHK, n_kv_heads)
 
     def attend(first_key: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         k, v = (jax.lax.dynamic_slice_in_dim(x, first_key, size, axis=1) for x in (k_BSGK, v_BSGK))
         # Without the barrier the TPU compiler wants the whole of k in the layout that suits the products.
-        k, v = jax.lax.optimization_barrier((k, v))
-        return softmax_parts(q_BLGRK, k, v, q_pos_BL, first_key)
+        k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+        return softmax_parts(q_BGRLK, k, v, q_pos_BL, first_key)
 
     # The first block holds key 0, which every query sees: its peak is finite, and so is every later one.
     n_blocks, rest = divmod(length, BLOCK)
@@ -51,15 +55,15 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
 
 
 def softmax_parts(
-    q_BLGRK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
+    q_BGRLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a block of keys at positions first_key.. adds to an online softmax: peak and denominator (B, G, R, L), and
     the weighted sum of values (B, G, R, L, K)."""
-    scores = _masked_scores(q_BLGRK, k_BSGK, q_pos_BL, first_key)
+    scores = _masked_scores(q_BGRLK, k_BGSK, q_pos_BL, first_key)
     peak = jnp.max(scores, axis=-1)
     # A block with no visible key has peak -inf; the shift must stay finite.
     probs = jnp.exp(scores - jnp.maximum(peak, jnp.finfo(peak.dtype).min)[..., None])
-    weighted = dot("bgrls,bsgk->bgrlk", probs.astype(v_BSGK.dtype), v_BSGK, out_dtype=probs.dtype)
+    weighted = dot("bgrls,bgsk->bgrlk", probs.astype(v_BGSK.dtype), v_BGSK, out_dtype=probs.dtype)
     return peak, jnp.sum(probs, axis=-1), weighted
 
 
@@ -71,16 +75,17 @@ def merge(a: tuple, b: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def finish(total: tuple, q_BLHK: jax.Array) -> jax.Array:
-    """What all keys together give the queries: (B, L, H, K) in q's dtype."""
+    """What all keys together give the queries: (B, L, H, K) in q's dtype; of no keys 0."""
     _, denominator, weighted = total
+    denominator = jnp.where(denominator == 0, 1, denominator)  # else at least 1, that of the largest score
     out_BGRLK = (weighted / denominator[..., None]).astype(q_BLHK.dtype)
     return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
 
 
-def _masked_scores(q_BLGRK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:
+def _masked_scores(q_BGRLK: jax.Array, k_BGSK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:
     """Scaled scores (B, G, R, L, S) of keys at positions first_key.., -inf where the query must not look."""
-    acc = accumulator(q_BLGRK.dtype)
-    scores = dot("blgrk,bsgk->bgrls", q_BLGRK, k_BSGK, out_dtype=acc) * q_BLGRK.shape[-1] ** -0.5
-    k_pos_S = first_key + jnp.arange(k_BSGK.shape[1])
+    acc = accumulator(q_BGRLK.dtype)
+    scores = dot("bgrlk,bgsk->bgrls", q_BGRLK, k_BGSK, out_dtype=acc) * q_BGRLK.shape[-1] ** -0.5
+    k_pos_S = first_key + jnp.arange(k_BGSK.shape[2])
     visible_BLS = k_pos_S <= q_pos_BL[..., None]
     return jnp.where(visible_BLS[:, None, None], scores, -jnp.inf)
