@@ -66,7 +66,8 @@ class RowPlaces(NamedTuple):
     at_T: jax.Array  # int32, where each token's key and value go in the pages; beyond the pool: nowhere
     start_R: jax.Array  # of the rows, or of the runs
     tables_RW: jax.Array
-    runs: Runs | None
+    runs: Runs | None = None
+    used_R: jax.Array | None = None  # bool; None: as far as is known all
 
 
 def xfmr(
@@ -298,7 +299,7 @@ def row_places(
     real_T = (offset_T < rows.length_R[row_T]) & (page_T < n_pages)
     at_T = jnp.where(real_T, page_T * page_size + positions_T % page_size, n_pages * page_size)
     if rows.run_place_R is None:
-        return positions_T, RowPlaces(at_T, rows.start_R, rows.tables_RW, None)
+        return positions_T, RowPlaces(at_T, rows.start_R, rows.tables_RW, used_R=rows.length_R > 0)
     place_R = rows.run_place_R
     run_R = jnp.cumsum(place_R == 0) - 1
     token_RL = jnp.zeros((n_rows, run_length), jnp.int32).at[run_R, place_R].set(token_T)
@@ -354,7 +355,8 @@ def transformer_layer(
         if pages is None:
             attn_HK = attend(backend, q_HK, k_GK, v_GK)
         else:
-            attn_HK = attend_pages(backend, q_HK, pages, places.tables_RW, places.start_R, n_single, places.runs)
+            _, start_R, tables_RW, runs, used_R = places
+            attn_HK = attend_pages(backend, q_HK, pages, tables_RW, start_R, n_single, runs, used_R)
         attn_HK = probe("attn", attn_HK)
         attn = linear(attn_HK, w.wo, n_inputs=2)
 

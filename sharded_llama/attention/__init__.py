@@ -113,8 +113,12 @@ def attend_pages(
     start_R: jax.Array,
     n_single: int,
     runs: Runs | None = None,
+    used_R: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows, or runs. Returns (T, H, K)."""
+    """Attention of a step's tokens (see `model.StepRows`) to the pages of their rows, or runs. Returns (T, H, K).
+
+    used_R: bool, the rows whose results are looked at. Default: all.
+    """
     kernel = _KERNELS[backend]
     if runs is not None:
         # Where a token stands in its run must not change a bit: the GPU kernel splits at fixed positions.
@@ -122,12 +126,14 @@ def attend_pages(
         return kernel(q_THK[runs.token_RL], pages, tables_RW, start_R)[runs.run_T, runs.place_T]
     if backend == "gpu":
         return paged_rows_gpu(q_THK, pages, tables_RW, start_R, n_single)
-    n_rows = start_R.shape[0]
-    parts = []
-    if n_single:
-        parts.append(kernel(q_THK[:n_single, None], pages, tables_RW[:n_single], start_R[:n_single])[:, 0])
-    if n_rows > n_single:
-        q_BLHK = q_THK[n_single:].reshape(n_rows - n_single, -1, *q_THK.shape[1:])
-        chunks = kernel(q_BLHK, pages, tables_RW[n_single:], start_R[n_single:])
-        parts.append(chunks.reshape(-1, *q_THK.shape[1:]))
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def of_rows(rows: slice, q_THK: jax.Array) -> jax.Array:
+        tables_BW, start_B = tables_RW[rows], start_R[rows]
+        q_BLHK = q_THK.reshape(len(start_B), -1, *q_THK.shape[1:])
+        if backend == "blockwise" and used_R is not None:
+            start_B = jnp.where(used_R[rows], start_B, -q_BLHK.shape[1])
+        return kernel(q_BLHK, pages, tables_BW, start_B).reshape(q_THK.shape)
+
+    singles = [of_rows(slice(n_single), q_THK[:n_single])] if n_single else []
+    chunks = [of_rows(slice(n_single, None), q_THK[n_single:])] if len(start_R) > n_single else []
+    return jnp.concatenate(singles + chunks) if singles and chunks else (singles or chunks)[0]

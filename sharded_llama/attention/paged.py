@@ -35,42 +35,32 @@ def paged_attn_reference(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array
     return grouped_query_attn(q_BLHK, k_BSGK, v_BSGK, positions_BL)
 
 
-def paged_attn_blockwise(
-    q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array, used_B: jax.Array | None = None
-) -> jax.Array:
+def paged_attn_blockwise(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
     """`paged_attn_reference` with a block of positions in memory at a time, as far as the longest row needs.
 
     Blocks beyond a row's own length leave its sums as they are, bit for bit: what a row gives does not depend on how
     long others are that are scored with it. On CPUs rows of several queries are scored as one where they are parts of
     one sequence, and others one after the other, each as far as it needs itself: all together they would score twice
-    as much of a prompt.
-
-    used_B: bool, the rows that are looked at; nothing is computed for the others. Default: all.
+    as much of a prompt. For rows that start at -L nothing is scored.
     """
-    used_B = jnp.ones(start_B.shape, bool) if used_B is None else used_B
-    args = (q_BLHK, pages, tables_BW, start_B, used_B)
+    args = (q_BLHK, pages, tables_BW, start_B)
     if q_BLHK.shape[0] == 1 or q_BLHK.shape[1] == 1:
         return _together(*args)
     return jax.lax.platform_dependent(*args, cpu=_in_runs, default=_together)
 
 
-def _together(
-    q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array, used_B: jax.Array
-) -> jax.Array:
+def _together(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
     """All rows, as far as the longest needs."""
-    live_B = jnp.where(used_B, start_B + q_BLHK.shape[1], 0)
-    return _score(q_BLHK, pages, tables_BW, start_B, live_B, BLOCK)
+    return _score(q_BLHK, pages, tables_BW, start_B, start_B + q_BLHK.shape[1], BLOCK)
 
 
-def _in_runs(
-    q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array, used_B: jax.Array
-) -> jax.Array:
+def _in_runs(q_BLHK: jax.Array, pages: KVPages, tables_BW: jax.Array, start_B: jax.Array) -> jax.Array:
     """Rows that follow one another in a sequence as one row: MANY_ROWS at a time, and of the rest FEW_ROWS.
 
     A run with fewer rows than that has any others beside it, whose results are dropped.
     """
     rows, length = q_BLHK.shape[:2]
-    row_B = jnp.arange(rows)
+    row_B, used_B = jnp.arange(rows), start_B >= 0
     follows_B = (start_B[1:] == start_B[:-1] + length) & (tables_BW[1:] == tables_BW[:-1]).all(axis=1)
     follows_B = jnp.append(False, follows_B & used_B[1:] & used_B[:-1])
     # Of each row's chain, the rows that follow one another: where it starts and ends, and the row's place in it.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hf_reference import distance, make_model, save
 
+from sharded_llama.attention import paged
 from sharded_llama.engine.engine import Engine
 from sharded_llama.engine.loading import load_model
 from sharded_llama.engine.options import EngineOptions
@@ -147,7 +148,8 @@ def test_deterministic_in_runs_is_bitwise(new_engine, monkeypatch, n_trials):
     """Where attention takes consecutive tokens of a prompt together, as on GPUs, a token's place among them is as good
     as any other."""
     monkeypatch.setattr("sharded_llama.engine.engine.run_length", lambda *_: 4)
-    monkeypatch.setattr("sharded_llama.attention.paged.RUN", 1 << 20)  # each row for itself, as in the kernels for GPUs
+    # Each row for itself, as in the kernels for GPUs.
+    monkeypatch.setattr("sharded_llama.attention.paged._in_runs", paged._together)
     engine = new_engine((1, 1), "bfloat16", deterministic=True)
     assert engine.sizes.run_length == 4
     alone, *together = trials(engine, n_trials)
