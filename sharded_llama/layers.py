@@ -121,7 +121,16 @@ def rope_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, j
     """cos and sin, each (.., K/2), of every position's rotation angles; float32 (float64 for a float64 model)."""
     acc = accumulator(config.jnp_dtype)
     angles = positions[..., None].astype(acc) * rope_frequencies(config).astype(acc)
-    return jnp.cos(angles), jnp.sin(angles)
+
+    def cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def one_by_one(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Out of a loop XLA's CPU compiler takes them as they are. Else it computes them anew for every head and layer.
+        cos_TK, sin_TK = jax.lax.map(cos_and_sin, angles.reshape(-1, angles.shape[-1]))
+        return cos_TK.reshape(angles.shape), sin_TK.reshape(angles.shape)
+
+    return jax.lax.platform_dependent(angles, cpu=one_by_one, default=cos_and_sin)
 
 
 def apply_rotary_emb(x_HK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
