@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..kv_cache import KVPages
 from ..layers import accumulator
-from .reference import by_kv_head, finish, grouped_query_attn, merge, softmax_parts
+from .reference import by_kv_head, finish, grouped_query_attn, head_first, merge, softmax_parts
 
 BLOCK = 128  # cached positions that are scored at a time
 # Rows that CPUs score as one where they follow one another in a sequence, and the positions of a block beside many. XLA
@@ -106,21 +106,23 @@ def _score(
     n_blocks = -(-tables_BW.shape[1] // per_block)
     tables_BW = jnp.pad(tables_BW, [(0, 0), (0, n_blocks * per_block - tables_BW.shape[1])])
     positions_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])
-    q_BGRLK = jax.lax.optimization_barrier(by_kv_head(q_BLHK, n_kv_heads))
+    q_BGRLK = by_kv_head(q_BLHK, n_kv_heads)
+    if many := q_BLHK.shape[1] > 1:
+        q_BGRLK = jax.lax.optimization_barrier(q_BGRLK)
 
     def attend(i: jax.Array | int, total: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         pages_BW = jax.lax.dynamic_slice_in_dim(tables_BW, i * per_block, per_block, axis=1)
         k, v = (_joined(x) for x in pages.read(pages_BW, q_BLHK.dtype))
         live_BS = i * block + jnp.arange(block) < live_B[:, None]
         v = jnp.where(live_BS[..., None, None], v, 0)  # zero times NaN would be NaN
-        # Without the barrier a compiler may want all pages in the layout that suits the products, and copies them.
-        k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+        # Without a barrier a compiler may want all pages in the layout that suits the products, and copies them.
+        k, v = head_first(k, v) if many else jax.lax.optimization_barrier((k, v))
         return merge(total, softmax_parts(q_BGRLK, k, v, positions_BL, i * block))
 
     needed = jnp.minimum(-(-jnp.max(live_B) // block), n_blocks)
     # What was seen before the first block: nothing, with a peak that is finite, so that no difference of peaks is NaN.
     # Taken from the queries, because in a shard_map it has to differ from shard to shard as they do.
-    zeros_BGRLK = jnp.where(False, q_BGRLK, 0).astype(accumulator(q_BGRLK.dtype))
+    zeros_BGRLK = jnp.where(False, q_BGRLK, 0).astype(accumulator(q_BLHK.dtype))
     zeros_BGRL = zeros_BGRLK[..., 0]
     nothing = (zeros_BGRL + jnp.finfo(zeros_BGRL.dtype).min, zeros_BGRL, zeros_BGRLK)
     return finish(jax.lax.fori_loop(0, needed, attend, nothing), q_BLHK)

@@ -20,8 +20,8 @@ def grouped_query_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, 
 
 def attention_weights(q_BLHK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array) -> jax.Array:
     """Softmax (B, G, R, L, S) of the causal scores, float32 (float64 for a float64 model); rows over S sum to 1."""
-    q_BGRLK, k_BGSK = by_kv_head(q_BLHK, k_BSGK.shape[2]), jnp.swapaxes(k_BSGK, 1, 2)
-    return jax.nn.softmax(_masked_scores(q_BGRLK, k_BGSK, q_pos_BL, first_key=0), axis=-1)
+    q_BGRLK = by_kv_head(q_BLHK, k_BSGK.shape[2])
+    return jax.nn.softmax(_masked_scores(q_BGRLK, k_BSGK, q_pos_BL, first_key=0), axis=-1)
 
 
 def by_kv_head(q_BLHK: jax.Array, n_kv_heads: int) -> jax.Array:
@@ -40,7 +40,7 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
     def attend(first_key: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         k, v = (jax.lax.dynamic_slice_in_dim(x, first_key, size, axis=1) for x in (k_BSGK, v_BSGK))
         # Without the barrier the TPU compiler wants the whole of k in the layout that suits the products.
-        k, v = jax.lax.optimization_barrier((jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+        k, v = head_first(k, v)
         return softmax_parts(q_BGRLK, k, v, q_pos_BL, first_key)
 
     # The first block holds key 0, which every query sees: its peak is finite, and so is every later one.
@@ -54,16 +54,22 @@ def blockwise_attn(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_po
     return finish(total, q_BLHK)
 
 
+def head_first(k_BSGK: jax.Array, v_BSGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values as they are, made in memory as (B, G, S, K): what many queries read best."""
+    k_BGSK, v_BGSK = jax.lax.optimization_barrier((jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)))
+    return jnp.swapaxes(k_BGSK, 1, 2), jnp.swapaxes(v_BGSK, 1, 2)
+
+
 def softmax_parts(
-    q_BGRLK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
+    q_BGRLK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a block of keys at positions first_key.. adds to an online softmax: peak and denominator (B, G, R, L), and
     the weighted sum of values (B, G, R, L, K)."""
-    scores = _masked_scores(q_BGRLK, k_BGSK, q_pos_BL, first_key)
+    scores = _masked_scores(q_BGRLK, k_BSGK, q_pos_BL, first_key)
     peak = jnp.max(scores, axis=-1)
     # A block with no visible key has peak -inf; the shift must stay finite.
     probs = jnp.exp(scores - jnp.maximum(peak, jnp.finfo(peak.dtype).min)[..., None])
-    weighted = dot("bgrls,bgsk->bgrlk", probs.astype(v_BGSK.dtype), v_BGSK, out_dtype=probs.dtype)
+    weighted = dot("bgrls,bsgk->bgrlk", probs.astype(v_BSGK.dtype), v_BSGK, out_dtype=probs.dtype)
     return peak, jnp.sum(probs, axis=-1), weighted
 
 
@@ -82,10 +88,14 @@ def finish(total: tuple, q_BLHK: jax.Array) -> jax.Array:
     return jnp.moveaxis(out_BGRLK, 3, 1).reshape(q_BLHK.shape)
 
 
-def _masked_scores(q_BGRLK: jax.Array, k_BGSK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:
+def _masked_scores(q_BGRLK: jax.Array, k_BSGK: jax.Array, q_pos_BL: jax.Array, first_key: jax.Array | int) -> jax.Array:
     """Scaled scores (B, G, R, L, S) of keys at positions first_key.., -inf where the query must not look."""
     acc = accumulator(q_BGRLK.dtype)
-    scores = dot("bgrlk,bgsk->bgrls", q_BGRLK, k_BGSK, out_dtype=acc) * q_BGRLK.shape[-1] ** -0.5
-    k_pos_S = first_key + jnp.arange(k_BGSK.shape[2])
+    if q_BGRLK.shape[3] == 1:  # the same numbers; in this order XLA's CPU compiler reads the keys as they lie
+        scores = dot("blgrk,bsgk->bgrls", jnp.moveaxis(q_BGRLK, 3, 1), k_BSGK, out_dtype=acc)
+    else:
+        scores = dot("bgrlk,bsgk->bgrls", q_BGRLK, k_BSGK, out_dtype=acc)
+    scores *= q_BGRLK.shape[-1] ** -0.5
+    k_pos_S = first_key + jnp.arange(k_BSGK.shape[1])
     visible_BLS = k_pos_S <= q_pos_BL[..., None]
     return jnp.where(visible_BLS[:, None, None], scores, -jnp.inf)
