@@ -224,8 +224,26 @@ class TestPaged:
 
 @pytest.mark.parametrize(
     "firsts",
-    [[0] * 8, [37] * 8, [0] * 3 + [5] * 5, [0] * 4 + [9] * 4, [0] * 7 + [None], [3] * 9 + [None] * 2],
-    ids=["two runs", "in the middle", "a border in a run", "a border between", "a row that is not used", "a rest"],
+    [
+        [0] * 8,
+        [37] * 8,
+        [0] * 3 + [5] * 5,
+        [0] * 4 + [9] * 4,
+        [0] * 7 + [None],
+        [3] * 9 + [None] * 2,
+        [2] * 22 + [None] * 2 + [41] * 13,
+        [7] * 3 + [11] * 32,
+    ],
+    ids=[
+        "two runs",
+        "in the middle",
+        "a border in a run",
+        "a border between",
+        "a row that is not used",
+        "a rest",
+        "many, with a gap",
+        "many up to the end",
+    ],
 )
 def test_rows_that_follow_one_another(firsts):
     """Chunks of sequences, each in as many rows as it takes: those of one sequence are scored together."""
@@ -234,11 +252,23 @@ def test_rows_that_follow_one_another(firsts):
     rubbish = np.full(n_table, 2**31 - 1, np.int32)
     sequences = {first: np.asarray(tables[i]) % pages.kv_NPGK.shape[0] for i, first in enumerate(dict.fromkeys(firsts))}
     of_rows = np.stack([rubbish if first is None else sequences[first] for first in firsts])
-    starts = [0 if f is None else f + length * firsts[:i].count(f) for i, f in enumerate(firsts)]
+    starts = [-length if f is None else f + length * firsts[:i].count(f) for i, f in enumerate(firsts)]
     args = q, pages, jnp.asarray(of_rows), jnp.asarray(starts, jnp.int32)
     used = np.array([first is not None for first in firsts])
     ours, theirs = (np.asarray(jax.jit(f)(*args))[used] for f in (paged_attn_blockwise, paged_attn_reference))
     assert distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_rows_that_are_not_used_are_not_scored(length):
+    """What stands in their pages, and how far they would reach, has no part in anything."""
+    (q, pages, tables, start), _, _ = paged_inputs(12, length, 4, 2, 8, 2 * PAGED_BLOCK // PAGE_SIZE)
+    used = np.arange(12) % 3 > 0
+    ours = jax.jit(paged_attn_blockwise)(q, pages, tables, jnp.where(used, start, -length))
+    alone = jax.jit(paged_attn_blockwise)(q[used], pages, tables[used], start[used])
+    np.testing.assert_allclose(ours[used], alone, rtol=1e-5, atol=1e-6)
+    if length == 1:  # scored with the others: no key is visible; longer rows are left as they were
+        assert not np.asarray(ours)[~used].any()
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
