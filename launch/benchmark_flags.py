@@ -37,6 +37,9 @@ MAX_CONCURRENCY = flags.DEFINE_integer("max_concurrency", None, "throughput: mos
 CONCURRENCIES = flags.DEFINE_list("concurrencies", None, "throughput: a run for each --max_concurrency of these.")
 THROUGH = flags.DEFINE_enum("through", "async", WAYS, "throughput: AsyncEngine, as servers do, or the bare engine.")
 PREFILL = flags.DEFINE_list("prefill", None, "prefill: prompts as ROWSxTOKENS. Default: 1x2048,8x2048 if they fit.")
+REST = flags.DEFINE_integer(
+    "rest_ms", 0, "prefill: rest before each time; a GPU that has just worked runs at its power limit.", 0, 60_000
+)
 PEER = flags.DEFINE_enum("peer", None, PEERS, "Run the same through transformers (hf) or vLLM, too.")
 PEER_WEIGHTS = flags.DEFINE_string(
     "peer_weights", None, "Write the weights to this new folder for a peer; --peer does so itself where it has to."
@@ -48,7 +51,7 @@ OF_MODE = {
         *(REQUESTS, TRACE, NUM_REQUESTS, SKIP_LONG, ARRIVAL, REQUEST_RATE),
         *(MAX_CONCURRENCY, CONCURRENCIES, THROUGH),
     ),
-    "prefill": (PREFILL,),
+    "prefill": (PREFILL, REST),
 }
 CONTRADICTIONS = (
     (TRACE, REQUESTS, "say one workload"),
@@ -82,6 +85,7 @@ def read_settings() -> Settings:
         concurrencies=_sizes(CONCURRENCIES),
         way=THROUGH.value,
         prefill=prefill,
+        rest_ms=REST.value,
         peer=PEER.value,
         seed=SEED.value,
     )

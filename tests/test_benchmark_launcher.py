@@ -280,6 +280,7 @@ class TestMistakes:
             ([], "say what to measure: --mode=latency"),
             (["--mode=latency", "--requests=1x2x3"], "--requests belongs to --mode=throughput, not to --mode=latency"),
             (["--mode=prefill", "--batches=1"], "--batches belongs to --mode=latency"),
+            (["--mode=latency", "--rest_ms=300"], "--rest_ms belongs to --mode=prefill"),
             (["--mode=throughput"], "needs --requests=NxINxOUT"),
             (["--mode=throughput", "--requests=1x2"], "'1x2' is not NxINxOUT"),
             (["--mode=throughput", "--requests=1x2x3", "--trace=x"], "--trace and --requests cannot be given together"),

@@ -83,7 +83,7 @@ def _prompts(
         samplers.append(lambda: peer.prefill_ms(*rows))
     for sampler in samplers:
         sampler()  # warms up
-    samples = single.interleaved(settings.rounds, samplers)
+    samples = single.interleaved(settings.rounds, samplers, settings.rest_ms)
     row: Row = {"what": what, "rows": rows.rows, "tokens": rows.tokens, "ms": median(samples[0])}
     row |= {"samples": samples[0], "tokens_per_s": 1e3 * rows.rows * rows.tokens / row["ms"]}
     size, data = size_of(engine), engine.mesh.shape[DATA]

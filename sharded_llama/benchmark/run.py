@@ -90,7 +90,8 @@ def measure_apart(settings: Settings, command: Sequence[str], device: str) -> tu
         timed = [row for row in rows if row["what"] != COUNT]
         job = {"peer": settings.peer, "folder": str(weights), "dtype": workload["config"]["dtype"], "device": device}
         job |= {"max_model_len": workload["sizes"]["max_model_len"], "max_num_seqs": _most_at_once(workload, timed)}
-        compared = run_peer(job | {"steps": settings.steps, "rounds": settings.rounds, "rows": timed})
+        job |= {"steps": settings.steps, "rounds": settings.rounds, "rest_ms": settings.rest_ms, "rows": timed}
+        compared = run_peer(job)
     rest = [row for row in rows if row["what"] == COUNT]
     return Measured([*compared, *rest], found["ceilings"], workload["sizes"], found["device"]), workload
 

@@ -30,6 +30,7 @@ class Settings:
     concurrencies: tuple[int, ...] = ()
     way: str = "async"  # into the engine
     prefill: tuple[Rows, ...] | None = None
+    rest_ms: int = 0  # before each time that prompts are computed
     peer: str | None = None
     seed: int = 0
 

@@ -95,11 +95,15 @@ def prefill_steps(sizes: Sizes, data: int, rows: Rows) -> int:
     return max(1, math.ceil(rows.rows * rows.tokens / (data * max(1, sizes.max_blocks * sizes.block))))
 
 
-def interleaved(rounds: int, samplers: Sequence[Callable[[], float]]) -> list[list[float]]:
-    """`rounds` samples of each, one of each in turn: what slows the machine down for a while slows all of them."""
+def interleaved(rounds: int, samplers: Sequence[Callable[[], float]], rest_ms: int = 0) -> list[list[float]]:
+    """`rounds` samples of each, one of each in turn: what slows the machine down for a while slows all of them.
+
+    rest_ms: milliseconds of rest before each sample.
+    """
     samples: list[list[float]] = [[] for _ in samplers]
     for _ in range(rounds):
         for of_sampler, sampler in zip(samples, samplers, strict=True):
+            time.sleep(rest_ms / 1e3)
             of_sampler.append(sampler())
     return samples
 

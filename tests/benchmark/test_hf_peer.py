@@ -58,7 +58,7 @@ def test_rows_get_their_times(both):
         {"what": "prefill", "rows": 2, "tokens": 9, "ms": 4.0},
         {"what": "throughput", "requests": 3, "input_len": 5, "output_len": 4, "at_once": 2, "seconds": 0.5},
     ]
-    decode, prefill, run = complete(rows, "hf", peer, steps=4, rounds=2)
+    decode, prefill, run = complete(rows, "hf", peer, steps=4, rounds=2, rest_ms=0)
     for row, unit in ((decode, "ms"), (prefill, "ms"), (run, "seconds")):
         assert row[f"hf_{unit}"] > 0
         assert row["speed_ours_over_peer"] == pytest.approx(row[f"hf_{unit}"] / row[unit])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sharded_llama.benchmark import steady
+from sharded_llama.benchmark import peers, single, steady
 from sharded_llama.benchmark.single import plan_decode
 from sharded_llama.engine.options import Sizes
 
@@ -23,3 +23,24 @@ def test_the_context_is_that_of_the_middle(batch, context):
     middle = sum(lengths) / batch + timed / 2
     assert middle == pytest.approx(context, abs=8)
     assert max(lengths) + timed <= plan.longest
+
+
+def test_rest_before_each_sample(monkeypatch):
+    """Ours and a peer's alike; it is no part of what is measured."""
+    calls = []
+    for module in (single, peers):
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: calls.append(f"rest {seconds}"))
+
+    class ToyPeer:
+        def prefill_ms(self, rows, tokens):
+            calls.append("theirs")
+            return 2.0
+
+    samplers = [lambda: calls.append("a") or 1.0, lambda: calls.append("b") or 2.0]
+    assert single.interleaved(2, samplers, 300) == [[1.0, 1.0], [2.0, 2.0]]
+    assert calls == ["rest 0.3", "a", "rest 0.3", "b"] * 2
+    calls.clear()
+    rows = [{"what": "prefill", "rows": 1, "tokens": 8, "ms": 1.0}]
+    (row,) = peers.complete(rows, "hf", ToyPeer(), steps=1, rounds=2, rest_ms=300)
+    assert calls == ["rest 0.3", "theirs"] * 3  # the first to warm up
+    assert row["speed_ours_over_peer"] == 2

@@ -1,6 +1,7 @@
 """Other engines on the same workload: what is asked of one, and how its times join ours."""
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -44,18 +45,22 @@ def with_peer(row: Mapping[str, Any], name: str, samples: Sequence[float]) -> di
 
 
 def complete(
-    rows: Sequence[Mapping[str, Any]], name: str, peer: Peer, *, steps: int, rounds: int
+    rows: Sequence[Mapping[str, Any]], name: str, peer: Peer, *, steps: int, rounds: int, rest_ms: int
 ) -> list[dict[str, Any]]:
-    """Runs the workload of every row through the peer, each once to warm up, and adds what it took."""
-    return [with_peer(row, name, _samples(row, peer, steps, rounds)) for row in rows]
+    """Runs the workload of every row through the peer, each once to warm up, and adds what it took.
+
+    rest_ms: milliseconds of rest before each time that prompts are computed.
+    """
+    return [with_peer(row, name, _samples(row, peer, steps, rounds, rest_ms)) for row in rows]
 
 
-def _samples(row: Mapping[str, Any], peer: Peer, steps: int, rounds: int) -> list[float]:
+def _samples(row: Mapping[str, Any], peer: Peer, steps: int, rounds: int, rest_ms: int) -> list[float]:
     if row["what"] == "decode":
         sample = peer.decode_sampler(row["batch"], round(row["context"]), steps)
     elif row["what"] in ("ttft", "prefill"):
 
         def sample() -> float:
+            time.sleep(rest_ms / 1e3)
             return peer.prefill_ms(row["rows"], row["tokens"])
     else:
         lengths = (row[field] for field in ("requests", "input_len", "output_len", "at_once"))

@@ -1,7 +1,7 @@
 """`python -m sharded_llama.benchmark.peers JOB RESULT`: runs rows through a peer in a process of its own.
 
 JOB is a JSON file: peer, folder (of a Hugging Face checkpoint), dtype, device, max_model_len, max_num_seqs, steps,
-rounds, rows. RESULT gets the rows with the peer's times. So the peer has the accelerator for itself.
+rounds, rest_ms, rows. RESULT gets the rows with the peer's times. So the peer has the accelerator for itself.
 """
 
 import json
@@ -25,7 +25,8 @@ def open_peer(job: dict) -> Peer:
 def main() -> None:
     job_file, result_file = sys.argv[1:]
     job = read_json_object(job_file)
-    rows = complete(job["rows"], job["peer"], open_peer(job), steps=job["steps"], rounds=job["rounds"])
+    how = {name: job[name] for name in ("steps", "rounds", "rest_ms")}
+    rows = complete(job["rows"], job["peer"], open_peer(job), **how)
     Path(result_file).write_text(json.dumps({"rows": rows}), encoding="utf-8")
 
 
