@@ -153,7 +153,7 @@ def _sizes_on_cpu(slots: int, block: int, max_tokens: int | None, decode_steps: 
     chunks = max(slots + block, CPU["max_num_batched_tokens"]) if max_tokens is None else max_tokens - slots
     most = chunks // block
     blocks = {most, *(most // part for part in (8, 4, 2) if most >= FEW_BLOCKS * part)}
-    beside = (0, min(slots, FEW_SLOTS), slots)  # without answers for prompts that come to an idle engine
+    beside = (0, min(slots, FEW_SLOTS), slots)  # 0: prompts that come while nothing decodes
     shapes = _shapes(slots, block, {1, slots}, {(n, m) for n in beside for m in blocks})
     return Sizes(slots, slots + most * block, block, most, decode_steps or 4, 1, shapes)
 

@@ -28,8 +28,7 @@ def test_the_context_is_that_of_the_middle(batch, context):
 def test_rest_before_each_sample(monkeypatch):
     """Ours and a peer's alike; it is no part of what is measured."""
     calls = []
-    for module in (single, peers):
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: calls.append(f"rest {seconds}"))
+    monkeypatch.setattr("time.sleep", lambda seconds: calls.append(f"rest {seconds}"))
 
     class ToyPeer:
         def prefill_ms(self, rows, tokens):
